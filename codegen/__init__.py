@@ -1,0 +1,1 @@
+"""The compiler: model file -> graph -> passes -> a readable program with its kernels."""

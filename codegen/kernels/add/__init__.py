@@ -1,0 +1,1 @@
+"""The op `add` of plans/ops.py: its rules, its reference and its kernels."""

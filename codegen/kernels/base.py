@@ -1,0 +1,66 @@
+"""What every `spec.py` is made of: abstract values, and the rules and cases of an op."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Dim = int | str
+"""A size, or one of the letters that only a step fixes: T tokens, R sampled rows."""
+
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "int32": 4, "int64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """What a node of a graph yields, without its numbers."""
+
+    shape: tuple[Dim, ...]
+    dtype: str
+    """As plans.model.Dtype, or int32 and int64; `int` and `inputs` are no tensors."""
+
+    def storage_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes of the tensor for given sizes of its letters; 0 for what is no tensor."""
+        dims = [sizes[dim] if isinstance(dim, str) else dim for dim in self.shape]
+        return math.prod(dims) * DTYPE_BYTES.get(self.dtype, 0)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """One way in which a Triton kernel is used: what the gate compiles for sm_90."""
+
+    kernel: str
+    """Name of the jitted function in the op's triton.py."""
+    types: Mapping[str, str]
+    """Triton type of each argument that is no constant, such as `*bf16`, `i32`, `fp32`."""
+    constants: Mapping[str, int | bool]
+    num_warps: int = 4
+    num_stages: int = 1
+    tile_rows: int = 1
+    """Rows of the tile that a matrix product sees; from 64 on it has to be a wgmma."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The rules of an op, and how its kernels are checked."""
+
+    op: str
+    infer: Callable[..., Any]
+    """From the op's arguments, tensors as Value, to its Value or tuple of them; asserts."""
+    view: bool = False
+    """The result shares its first argument's storage."""
+    params: Mapping[str, int] = field(default_factory=dict)
+    """Tunables of triton.py and their defaults, module constants there; empty without a kernel."""
+    cases: tuple[Mapping[str, Any], ...] = ()
+    """Shapes and dtypes over which each kernel is compared with the reference."""
+    tolerance: Mapping[str, float] = field(default_factory=dict)
+    """Largest |kernel - reference| by dtype, as a share of max(1, |reference|)."""
+    compilations: tuple[Compilation, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Targets that the op has, best last."""
+        return ("torch", "triton") if self.params else ("torch",)

@@ -1,0 +1,1 @@
+"""The op `silu_mul` of plans/ops.py: its rules, its reference and its kernels."""

@@ -1,0 +1,8 @@
+"""A projection seen as heads."""
+
+import torch
+
+
+def split_heads(x_TO: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """x_TNH, a view."""
+    return x_TO.unflatten(-1, (-1, head_dim))

@@ -1,0 +1,26 @@
+"""The passes, in order. Each edits a program in place and returns how many matches it changed.
+
+A pass runs on shapes alone, leaves the numbers as they are, and finds nothing when run again.
+"""
+
+from collections.abc import Callable
+
+from codegen.graph import Program
+from codegen.passes.buffers import plan_buffers
+from codegen.passes.fuse import fuse_gate, fuse_projections, fuse_residual_norm
+from codegen.passes.kv import page_attention
+from codegen.passes.lower import lower
+from codegen.passes.shard import shard
+from codegen.passes.stages import cut_stages
+from plans.plan import Plan
+
+PASSES: tuple[Callable[[Program, Plan], int], ...] = (
+    cut_stages,
+    shard,
+    fuse_projections,
+    fuse_gate,
+    fuse_residual_norm,
+    page_attention,
+    lower,
+    plan_buffers,
+)

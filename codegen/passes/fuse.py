@@ -1,0 +1,144 @@
+"""Ops that read or write the same memory become one op.
+
+Requires  shapes in node.meta (capture.py); before page_attention, so that only ops of the model
+          stand between a projection and its users
+Ensures   no two linears read one value; no mul takes a silu of the same projection's other half; no
+          rms_norm takes an add. The numbers are those of the ops apart: joined weights give the same
+          dot products, and each fused reference is its parts in sequence
+"""
+
+import operator
+
+from torch import fx
+
+from codegen.graph import Program, call, erase_unused, item, op_name
+from codegen.kernels.base import Value
+from plans.ops import Parameter
+from plans.plan import Plan
+
+
+def fuse_projections(program: Program, plan: Plan) -> int:
+    """Linears of one value become one linear and a split of its result (qkv, gate and up)."""
+    return sum(_fuse_projections(graph) for graph in program.graphs)
+
+
+def fuse_gate(program: Program, plan: Plan) -> int:
+    """silu(first half) * second half of one projection becomes silu_mul."""
+    return sum(_fuse_gate(graph) for graph in program.graphs)
+
+
+def fuse_residual_norm(program: Program, plan: Plan) -> int:
+    """An rms_norm of a sum becomes add_rms_norm, which yields the sum too."""
+    return sum(_fuse_residual_norm(graph) for graph in program.graphs)
+
+
+def _fuse_projections(graph: fx.Graph) -> int:
+    matches = 0
+    for node in list(graph.nodes):
+        linears = sorted(user for user in node.users if op_name(user) == "linear")  # by place
+        biased = [linear for linear in linears if linear.args[2] is not None]
+        if len(linears) > 1 and len(biased) in (0, len(linears)):
+            _join(graph, node, linears)
+            matches += 1
+    erase_unused(graph)
+    return matches
+
+
+def _join(graph: fx.Graph, x: fx.Node, linears: list[fx.Node]) -> None:
+    first = linears[0]
+    with graph.inserting_before(first):
+        weight = _joined(graph, [linear.args[1] for linear in linears])
+        bias = _joined(graph, [linear.args[2] for linear in linears]) if first.args[2] else None
+        stem = str(weight.target).split(".")[-2].removesuffix("_proj")
+        whole = call(graph, "linear", x, weight, bias, like=first, name=f"{stem}_TO")
+        sizes = tuple(linear.meta["value"].shape[-1] for linear in linears)
+        parts = call(graph, "split", whole, sizes, like=first, name="parts")
+        for index, linear in enumerate(linears):
+            linear.replace_all_uses_with(item(graph, parts, index, linear.meta["name"]))
+
+
+def _joined(graph: fx.Graph, nodes: list[fx.node.Argument]) -> fx.Node:
+    """The weight that is the given ones joined on dim 0; q_proj, k_proj, v_proj give qkv_proj."""
+    parameters: list[Parameter] = []
+    for node in nodes:
+        assert isinstance(node, fx.Node), "weights and biases are nodes"
+        parameters.append(node.meta["parameter"])
+    path, leaf = zip(*(parameter.name.rsplit(".", 2)[::2] for parameter in parameters), strict=True)
+    stems = [parameter.name.split(".")[-2].removesuffix("_proj") for parameter in parameters]
+    stem = ("" if all(len(each) == 1 for each in stems) else "_").join(stems)
+    shape = (sum(each.shape[0] for each in parameters), *parameters[0].shape[1:])
+    parameter = Parameter(
+        name=f"{path[0]}.{stem}_proj.{leaf[0]}",
+        shape=shape,
+        dtype=parameters[0].dtype,
+        sources=tuple(source for each in parameters for source in each.sources),
+    )
+    like = nodes[0]
+    assert isinstance(like, fx.Node), "weights and biases are nodes"
+    joined = graph.create_node("get_attr", parameter.name)
+    joined.meta.update(
+        layer=like.meta["layer"],
+        name=parameter.name,
+        parameter=parameter,
+        value=Value(shape=shape, dtype=parameter.dtype),
+    )
+    return joined
+
+
+def _fuse_gate(graph: fx.Graph) -> int:
+    matches = 0
+    for product in list(graph.nodes):
+        if op_name(product) != "mul":
+            continue
+        gate, up = product.args
+        assert isinstance(gate, fx.Node), "mul takes values"
+        assert isinstance(up, fx.Node), "mul takes values"
+        if op_name(gate) != "silu":
+            continue
+        halves = (gate.args[0], up)
+        projection = _halved(halves)
+        if projection is None:
+            continue
+        with graph.inserting_before(product):
+            fused = call(graph, "silu_mul", projection, like=product, name=product.meta["name"])
+        product.replace_all_uses_with(fused)
+        matches += 1
+    erase_unused(graph)
+    return matches
+
+
+def _halved(halves: tuple[fx.node.Argument, fx.Node]) -> fx.Node | None:
+    """The value whose two equal parts these are, in order."""
+    splits = []
+    for index, half in enumerate(halves):
+        if not isinstance(half, fx.Node) or half.target is not operator.getitem:
+            return None
+        split, at = half.args
+        if not isinstance(split, fx.Node) or op_name(split) != "split" or at != index:
+            return None
+        splits.append(split)
+    value, sizes = splits[0].args
+    same = splits[0] is splits[1] and isinstance(sizes, tuple) and len(sizes) == 2
+    halved = same and sizes[0] == sizes[1]  # type: ignore[index]
+    return value if halved and isinstance(value, fx.Node) else None
+
+
+def _fuse_residual_norm(graph: fx.Graph) -> int:
+    matches = 0
+    for norm in list(graph.nodes):
+        if op_name(norm) != "rms_norm":
+            continue
+        total, weight, eps = norm.args
+        if not isinstance(total, fx.Node) or op_name(total) != "add":
+            continue
+        x, residual = total.args
+        with graph.inserting_before(norm):
+            fused = call(graph, "add_rms_norm", x, residual, weight, eps, like=norm, name="both")
+            normed = item(graph, fused, 0, norm.meta["name"])
+            norm.replace_all_uses_with(normed)
+            if len(total.users) > 1:
+                added = item(graph, fused, 1, total.meta["name"])
+                total.replace_all_uses_with(added, delete_user_cb=lambda user: user is not norm)
+        matches += 1
+        erase_unused(graph)
+    return matches

@@ -1,0 +1,215 @@
+"""What a search found, as text: tables of strings and lines for the terminal, or one JSON object.
+
+No drawing here: planner/cli_plan.py lays the tables out.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec import to_builtins
+
+from planner.memory import gigabytes
+from planner.search import Found, Priced, solo_s, tbt_s
+from planner.space import Rejected, degrees
+from plans.plan import Memory, Plan
+
+BAR_WIDTH = 10
+BAR_PARTS = (("w", "weights"), ("a", "activations"), ("r", "reserved"), ("k", "kv"))
+LEGEND = (
+    "degrees: tp x spp x kvp x replicas; memory: w weights, a activations, r reserved,"
+    " k KV pages, . free"
+)
+SHORT_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Columns and rows of text."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tokens_text(tokens: int) -> str:
+    """8192 as 8k, 1048576 as 1m; other numbers as they are."""
+    for suffix, unit in (("m", 1 << 20), ("k", 1 << 10)):
+        if tokens % unit == 0:
+            return f"{tokens // unit}{suffix}"
+    return str(tokens)
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits with the unit that suits."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+
+
+def memory_bar(memory: Memory) -> str:
+    """Parts of the worst rank's memory by letter, proportional, each at least one letter."""
+    bar = ""
+    for letter, part in BAR_PARTS:
+        size = getattr(memory, f"{part}_bytes")
+        bar += letter * max(round(BAR_WIDTH * size / memory.capacity_bytes), size > 0)
+    return bar[:BAR_WIDTH].ljust(BAR_WIDTH, ".")
+
+
+def arithmetic(plan: Plan) -> str:
+    """`16 GPUs = tp 8 x spp 2 x kvp 1 x 1 replica`."""
+    idle = f" + {plan.parallelism.idle} idle" if plan.parallelism.idle else ""
+    return f"{plan.topology.devices} GPUs = {degrees(plan.parallelism)}{idle}"
+
+
+def ranking(found: Found, context_tokens: int, top: int) -> Table:
+    """The best candidates; the first is the plan."""
+    short = min(SHORT_TOKENS, context_tokens)
+    at = tokens_text(short), tokens_text(context_tokens)
+    rows = []
+    for rank, each in enumerate(found.ranked[:top], start=1):
+        p = each.candidate.parallelism
+        rows.append(
+            (
+                str(rank),
+                f"{p.tp}x{p.spp}x{p.kvp}x{p.replicas}",
+                seconds_text(solo_s(each.sizes, each.time, short, each.shard_tokens)),
+                seconds_text(each.ttft_longest_s),
+                seconds_text(tbt_s(each.time, short, each.shard_tokens)),
+                seconds_text(tbt_s(each.time, context_tokens, each.shard_tokens)),
+                f"{each.capacity.rps:.3g}",
+                memory_bar(each.footprint.memory),
+                each.capacity.bound_by,
+            )
+        )
+    columns = (
+        "",
+        "degrees",
+        *(f"TTFT {tokens}" for tokens in at),
+        *(f"TBT {tokens}" for tokens in at),
+        "req/s",
+        "memory",
+        "bound by",
+    )
+    return Table(columns=columns, rows=tuple(rows))
+
+
+def times(plan: Plan) -> Table:
+    """Predicted times by length."""
+    rows = tuple(
+        (tokens_text(int(tokens)), seconds_text(ttft_s), seconds_text(plan.predicted.tbt_s[tokens]))
+        for tokens, ttft_s in plan.predicted.ttft_s.items()
+    )
+    return Table(columns=("tokens", "TTFT alone", "TBT alone"), rows=rows)
+
+
+def schedule(plan: Plan) -> Table:
+    """The chunk schedule."""
+    rows = tuple(
+        (tokens_text(row.until_tokens), str(row.chunk_tokens), seconds_text(row.predicted_s))
+        for row in plan.prefill.chunks
+    )
+    return Table(columns=("prefix below", "chunk", "TTFT of that length"), rows=rows)
+
+
+def memory_line(plan: Plan) -> str:
+    """Memory of the worst rank by part, and the KV tokens that a replica holds."""
+    memory = plan.memory
+    parts = ("weights", "activations", "reserved", "kv", "free")
+    text = ", ".join(f"{part} {gigabytes(getattr(memory, f'{part}_bytes'))}" for part in parts)
+    tokens = plan.kv.pages_per_rank * plan.kv.page_tokens * plan.parallelism.kvp
+    total = gigabytes(memory.capacity_bytes)
+    return f"memory of {total} a GPU: {text}; KV for {tokens} tokens a replica"
+
+
+def evidence_line(plan: Plan) -> str:
+    """Where the numbers come from and how far to trust them."""
+    predicted = plan.predicted
+    terms = Counter(predicted.provenance.values())
+    sources = ", ".join(f"{count} by {source}" for source, count in sorted(terms.items()))
+    by = "roofline, without a measurement" if plan.step_time.source == "roofline" else "profile"
+    return f"times by {by} (terms: {sources}); error band +-{predicted.error_band:.0%}"
+
+
+def facts(plan: Plan) -> list[str]:
+    """Memory, capacity with what binds it, evidence, notes."""
+    predicted = plan.predicted
+    return [
+        memory_line(plan),
+        (
+            f"capacity {predicted.capacity_rps:.3g} requests/s of {plan.workload.name},"
+            f" bound by {predicted.bound_by}"
+        ),
+        evidence_line(plan),
+        *(f"note: {note}" for note in predicted.notes),
+    ]
+
+
+def rejected_line(found: Found) -> str:
+    """How many candidates fell to which constraint, and how many only lost."""
+    counts = Counter(row.constraint for row in found.ledger)
+    broke = ", ".join(f"{count} by {name}" for name, count in counts.most_common())
+    outside = Counter(why for why in found.verdicts if why)
+    held_back = "".join(f"; {count} ranked last: {why}" for why, count in outside.most_common())
+    return (
+        f"{len(found.ranked)} candidates are feasible{held_back};"
+        f" {len(found.ledger)} rejected{': ' if broke else ''}{broke}"
+    )
+
+
+def ledger_lines(ledger: tuple[Rejected, ...]) -> list[str]:
+    """Rejected candidates by constraint, each with one example."""
+    counts = Counter(row.constraint for row in ledger)
+    lines = []
+    for name, count in counts.most_common():
+        example = next(row for row in ledger if row.constraint == name)
+        lines.append(f"{count} rejected by {name}, such as {example.label}")
+    return lines
+
+
+def as_json(
+    plan: Plan,
+    *,
+    found: Found | None = None,
+    bundle: str | None = None,
+    commands: tuple[str, ...] = (),
+    top: int = 5,
+) -> dict[str, Any]:
+    """One object for --format json; seconds, bytes and tokens as in the plan."""
+    report: dict[str, Any] = {
+        "plan": plan.name,
+        "bundle": bundle,
+        "arithmetic": arithmetic(plan),
+        "gpus": plan.topology.devices,
+        "parallelism": to_builtins(plan.parallelism),
+        "placement": to_builtins(plan.placement),
+        "limits": to_builtins(plan.limits),
+        "prefill": to_builtins(plan.prefill),
+        "kv": to_builtins(plan.kv),
+        "memory": to_builtins(plan.memory),
+        "predicted": to_builtins(plan.predicted),
+        "commands": list(commands),
+    }
+    if found:
+        report["objective"] = found.objective
+        report["alternatives"] = [
+            _alternative(rank, each, why)
+            for rank, (each, why) in enumerate(
+                zip(found.ranked[:top], found.verdicts, strict=False), start=1
+            )
+        ]
+        report["rejected"] = dict(Counter(row.constraint for row in found.ledger).most_common())
+    return report
+
+
+def _alternative(rank: int, each: Priced, why: str) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "parallelism": to_builtins(each.candidate.parallelism),
+        "ttft_longest_s": each.ttft_longest_s,
+        "tbt_full_s": each.tbt_full_s,
+        "capacity_rps": each.capacity.rps,
+        "bound_by": each.capacity.bound_by,
+        "score": each.score,
+        "held_back": why,
+        "memory": to_builtins(each.footprint.memory),
+    }

@@ -1,0 +1,148 @@
+"""Writes a bundle's folder whole or not at all, and its texts that need no compiler.
+
+The files go to a hidden sibling, which is then renamed: whoever looks sees the old folder, none, or
+the new one. An old bundle is moved aside first and removed only once the new one stands.
+"""
+
+import csv
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from planner.search import Found
+from planner.space import degrees
+from plans.errors import UsageError
+from plans.plan import Plan
+
+PLAN_FILE = "plan.yaml"
+COLUMNS = (
+    "rank",
+    "tp",
+    "spp",
+    "kvp",
+    "replicas",
+    "idle",
+    "ttft_longest_s",
+    "tbt_full_s",
+    "capacity_rps",
+    "bound_by",
+    "score",
+    "status",
+    "constraint",
+    "need",
+    "have",
+)
+
+
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    """Raises UsageError where the folder may not be written."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder with --out")
+    if not overwrite:
+        raise UsageError(
+            f"{folder} exists and is not empty; --overwrite replaces it, --out moves on"
+        )
+    if not (folder / PLAN_FILE).is_file():
+        raise UsageError(
+            f"{folder} holds no {PLAN_FILE}, so it is no bundle and is not replaced;"
+            " name another --out"
+        )
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Writes all files, then puts the folder in place; leaves nothing behind when interrupted."""
+    check_target(folder, overwrite=overwrite)
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UsageError(f"--out {folder}: {error.strerror}") from error
+    old = fresh.with_name(f"{fresh.name}-old")
+    try:
+        for name, content in files.items():
+            path = fresh / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        if folder.is_symlink() or (folder.exists() and any(folder.iterdir())):
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        if old.is_symlink() or old.exists():
+            if folder.exists():
+                old.unlink() if old.is_symlink() else shutil.rmtree(old)
+            else:
+                old.rename(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def alternatives_csv(found: Found) -> bytes:
+    """Ranked candidates, best first, then the rejected ones with what they broke."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for rank, (each, why) in enumerate(zip(found.ranked, found.verdicts, strict=True), start=1):
+        p = each.candidate.parallelism
+        numbers = (each.ttft_longest_s, each.tbt_full_s, each.capacity.rps)
+        writer.writerow(
+            (
+                rank,
+                *(p.tp, p.spp, p.kvp, p.replicas, p.idle),
+                *(f"{number:.6g}" for number in numbers),
+                each.capacity.bound_by,
+                f"{each.score:.6g}",
+                "chosen" if rank == 1 else "ranked",
+                why,
+                "",
+                "",
+            )
+        )
+    for row in found.ledger:
+        blank = [""] * (COLUMNS.index("status") - 1)
+        writer.writerow((row.label, *blank, "rejected", row.constraint, row.need, row.have))
+    return text.getvalue().encode()
+
+
+def readme(plan: Plan, commands: tuple[str, ...], *, program: bool) -> bytes:
+    """What the bundle is, the command that made it, and the commands that run it in this folder."""
+    p = plan.parallelism
+    idle = f" + {p.idle} idle" if p.idle else ""
+    notes = "".join(f"- {note}\n" for note in plan.predicted.notes)
+    runs = "".join(f"    {command}\n" for command in commands)
+    compiled = (
+        "`program/` holds the lowered program of each stage and its kernels, as plain Python."
+        if program
+        else "There is no program: this plan was made with --no-kernels and can only be simulated."
+    )
+    return f"""# {plan.name}
+
+{plan.topology.devices} GPUs = {degrees(p)}{idle}, for {plan.model.name}
+with up to {plan.limits.context_tokens} tokens of context on {plan.topology.device}.
+
+`plan.yaml` is the plan; `alternatives.csv` lists every candidate, ranked or rejected, and why.
+{compiled}
+
+Predicted times are by roofline, give or take {plan.predicted.error_band:.0%}.
+
+{notes}
+Made by
+
+    {plan.made_by.command}
+
+Run it, in this folder:
+
+{runs}""".encode()

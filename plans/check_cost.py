@@ -1,0 +1,245 @@
+"""Invariants of what a plan costs: step times, chunks, budgets, memory and predictions.
+
+Each function yields (path, message) for every place that breaks it; plans/check.py runs them.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+from plans.chunks import WorkTable, add_sharded_chunk, split_prompt
+from plans.model import DTYPE_BYTES
+from plans.plan import Plan
+from plans.steptime import Knot, StepLoad
+
+TOLERANCE = 1e-6
+"""Relative: far above the rounding of 1e5 summed terms (1e-11), far below any meaning."""
+
+
+def stage_layers(plan: Plan) -> Iterator[tuple[str, str]]:
+    lengths = tuple(end - first for first, end in plan.stages)
+    if plan.step_time.stage_layers != lengths:
+        yield (
+            "step_time.stage_layers",
+            f"{list(plan.step_time.stage_layers)}, the stages hold {list(lengths)} layers",
+        )
+
+
+def _rising(table: tuple[Knot, ...], path: str) -> Iterator[tuple[str, str]]:
+    for row, (before, knot) in enumerate(pairwise(table), start=1):
+        if knot.at <= before.at:
+            yield f"{path}[{row}].at", f"{knot.at} does not exceed the row before it ({before.at})"
+        if knot.seconds < before.seconds:
+            yield (
+                f"{path}[{row}].seconds",
+                f"{knot.seconds} is below the row before it ({before.seconds})",
+            )
+
+
+def tables(plan: Plan) -> Iterator[tuple[str, str]]:
+    if not plan.step_time.matmul:
+        yield "step_time.matmul", "is empty, matrix products take time"
+    yield from _rising(plan.step_time.matmul, "step_time.matmul")
+    yield from _rising(plan.step_time.head, "step_time.head")
+
+
+def chunks(plan: Plan) -> Iterator[tuple[str, str]]:
+    rows, most = plan.prefill.chunks, plan.scheduler.max_step_tokens
+    if not rows or rows[-1].until_tokens < plan.limits.context_tokens:
+        reach = rows[-1].until_tokens if rows else 0
+        yield (
+            "prefill.chunks",
+            f"end at {reach} tokens, limits.context_tokens is {plan.limits.context_tokens}",
+        )
+    for row, each in enumerate(rows):
+        if each.chunk_tokens > most:
+            yield (
+                f"prefill.chunks[{row}].chunk_tokens",
+                f"{each.chunk_tokens} exceeds scheduler.max_step_tokens {most}",
+            )
+    for row, (before, each) in enumerate(pairwise(rows), start=1):
+        if each.until_tokens <= before.until_tokens:
+            yield (
+                f"prefill.chunks[{row}].until_tokens",
+                f"{each.until_tokens} does not exceed the row before it ({before.until_tokens})",
+            )
+        if each.chunk_tokens > before.chunk_tokens:
+            yield (
+                f"prefill.chunks[{row}].chunk_tokens",
+                (
+                    f"{each.chunk_tokens} exceeds the row before it ({before.chunk_tokens}); "
+                    "chunks never grow with the prefix"
+                ),
+            )
+
+
+def chunk_seconds(plan: Plan) -> Iterator[tuple[str, str]]:
+    work = WorkTable(plan.prefill.chunks, plan.step_time, plan.kv.tokens_per_kvp_shard)
+    for row, each in enumerate(plan.prefill.chunks):
+        solo_s = work.solo_s(each.until_tokens)
+        if abs(each.predicted_s - solo_s) > TOLERANCE * solo_s:
+            yield (
+                f"prefill.chunks[{row}].predicted_s",
+                f"{each.predicted_s}, but step_time gives {solo_s} for {each.until_tokens} tokens",
+            )
+
+
+def chunk_budget(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The worst chunk of each row, summed over the stages, over-estimated by the margin."""
+    rows, shard = plan.prefill.chunks, plan.kv.tokens_per_kvp_shard
+    worst = dict.fromkeys(range(len(rows)), (0.0, 0, 0))
+    row = 0
+    for tokens, prefix in split_prompt(rows, rows[-1].until_tokens, shard):
+        while prefix >= rows[row].until_tokens:
+            row += 1
+        if tokens <= plan.scheduler.min_chunk_tokens:
+            continue
+        for behind in range(min(2, prefix // shard + 1)):
+            load = StepLoad(plan.step_time)
+            add_sharded_chunk(load, tokens, prefix, shard, behind=behind)
+            worst[row] = max(worst[row], (load.seconds(), tokens, prefix))
+    budget_s, margin = plan.scheduler.idle_budget_s, plan.step_time.margin
+    for row, (seconds, tokens, prefix) in worst.items():
+        if seconds * (1 + margin) > budget_s * (1 + TOLERANCE):
+            yield (
+                f"prefill.chunks[{row}].chunk_tokens",
+                (
+                    f"{tokens} tokens behind {prefix} take {seconds:.6g} s x (1 + margin {margin}) "
+                    f"= {seconds * (1 + margin):.6g} s, scheduler.idle_budget_s is {budget_s}"
+                ),
+            )
+
+
+def budgets(plan: Plan) -> Iterator[tuple[str, str]]:
+    how = plan.scheduler
+    if how.step_budget_s > how.idle_budget_s:
+        yield (
+            "scheduler.step_budget_s",
+            f"{how.step_budget_s} exceeds idle_budget_s {how.idle_budget_s}",
+        )
+    if how.min_chunk_tokens > how.max_step_tokens:
+        yield (
+            "scheduler.min_chunk_tokens",
+            f"{how.min_chunk_tokens} exceeds max_step_tokens {how.max_step_tokens}",
+        )
+
+
+def policy(plan: Plan) -> Iterator[tuple[str, str]]:
+    # Which names exist is the runtime's to say; here only that it can be one: NAME@engine,key=x.
+    if not re.fullmatch(r"[a-z][a-z0-9-]*(@[a-z0-9-]+)?(,\w+=[\w.-]+)*", plan.scheduler.policy):
+        yield "scheduler.policy", f"{plan.scheduler.policy!r} is no name of a policy, such as lars"
+
+
+def page_bytes(plan: Plan) -> int:
+    """Bytes of one KV page on the rank that holds most layers."""
+    layers = max(end - first for first, end in plan.stages)
+    kv_heads = -(-plan.model.kv_heads // plan.parallelism.tp)
+    token_bytes = 2 * layers * kv_heads * plan.model.head_dim * DTYPE_BYTES[plan.kv.dtype]
+    return token_bytes * plan.kv.page_tokens
+
+
+def kv_shards(plan: Plan) -> Iterator[tuple[str, str]]:
+    kv, kvp, wanted = plan.kv, plan.parallelism.kvp, plan.limits.context_tokens
+    if kv.tokens_per_kvp_shard % kv.page_tokens:
+        yield (
+            "kv.tokens_per_kvp_shard",
+            f"{kv.tokens_per_kvp_shard} is no multiple of page_tokens {kv.page_tokens}",
+        )
+    if kvp * kv.tokens_per_kvp_shard < wanted:
+        yield (
+            "kv.tokens_per_kvp_shard",
+            (
+                f"kvp {kvp} x {kv.tokens_per_kvp_shard} = {kvp * kv.tokens_per_kvp_shard} tokens, "
+                f"limits.context_tokens is {wanted}"
+            ),
+        )
+
+
+def kv_pool(plan: Plan) -> Iterator[tuple[str, str]]:
+    kv = plan.kv
+    wanted = min(kv.tokens_per_kvp_shard, plan.limits.context_tokens)
+    if kv.pages_per_rank * kv.page_tokens < wanted:
+        yield (
+            "kv.pages_per_rank",
+            (
+                f"{kv.pages_per_rank} pages x {kv.page_tokens} tokens = "
+                f"{kv.pages_per_rank * kv.page_tokens}, one request needs {wanted} in a group"
+            ),
+        )
+
+
+def memory_sum(plan: Plan) -> Iterator[tuple[str, str]]:
+    memory, device_bytes = plan.memory, plan.topology.device_memory_bytes
+    parts = ("weights", "activations", "reserved", "kv", "free")
+    sizes = [getattr(memory, f"{part}_bytes") for part in parts]
+    if sum(sizes) != memory.capacity_bytes:
+        terms = " + ".join(f"{part} {size}" for part, size in zip(parts, sizes, strict=True))
+        yield "memory", f"{terms} = {sum(sizes)} bytes, capacity_bytes is {memory.capacity_bytes}"
+    if memory.capacity_bytes != device_bytes:
+        yield (
+            "memory.capacity_bytes",
+            f"{memory.capacity_bytes}, topology.device_memory_bytes is {device_bytes}",
+        )
+
+
+def kv_bytes(plan: Plan) -> Iterator[tuple[str, str]]:
+    wanted = plan.kv.pages_per_rank * page_bytes(plan)
+    if plan.memory.kv_bytes != wanted:
+        yield (
+            "memory.kv_bytes",
+            (
+                f"{plan.memory.kv_bytes}, but pages_per_rank {plan.kv.pages_per_rank} x "
+                f"{page_bytes(plan)} bytes a page = {wanted}"
+            ),
+        )
+
+
+def weights(plan: Plan) -> Iterator[tuple[str, str]]:
+    """A lower bound, since norms, biases, embeddings and repeated KV heads come on top."""
+    layers = max(end - first for first, end in plan.stages)
+    parameters = layers * plan.model.layer_matmul_parameters // plan.parallelism.tp
+    least = parameters * DTYPE_BYTES[plan.model.weight_dtype]
+    if plan.memory.weights_bytes < least:
+        yield (
+            "memory.weights_bytes",
+            (
+                f"{plan.memory.weights_bytes}, but {layers} layers at tp {plan.parallelism.tp} "
+                f"alone have {least} bytes"
+            ),
+        )
+
+
+def predicted(plan: Plan) -> Iterator[tuple[str, str]]:
+    expected = plan.predicted
+    for field in ("ttft_s", "tbt_s"):
+        for key in getattr(expected, field):
+            if not re.fullmatch(r"[1-9][0-9]*", key) or int(key) > plan.limits.context_tokens:
+                yield (
+                    f'predicted.{field}["{key}"]',
+                    f"is no token count up to limits.context_tokens {plan.limits.context_tokens}",
+                )
+    for field in ("capacity_rps", "error_band"):
+        if getattr(expected, field) < 0:
+            yield f"predicted.{field}", f"{getattr(expected, field)} is negative"
+    for term, origin in expected.provenance.items():
+        if not re.fullmatch(r"measured|interpolated|formula|extrapolated by \S+", origin):
+            yield (
+                f'predicted.provenance["{term}"]',
+                f"{origin!r} is none of measured, interpolated, formula, extrapolated by x",
+            )
+
+
+def predicted_bounds(plan: Plan) -> Iterator[tuple[str, str]]:
+    """No prediction for a lone request is below what the plan's own step times add up to."""
+    shard, time = plan.kv.tokens_per_kvp_shard, plan.step_time
+    work = WorkTable(plan.prefill.chunks, time, shard)
+    for key, seconds in plan.predicted.ttft_s.items():
+        least_s = work.solo_s(int(key))
+        if seconds < least_s * (1 - TOLERANCE):
+            yield f'predicted.ttft_s["{key}"]', f"{seconds} is below its work of {least_s} s"
+    for key, seconds in plan.predicted.tbt_s.items():
+        context = int(key)
+        groups = -(-context // shard)
+        least_s = time.step_s(decode_kv_tokens=[min(context, shard)], kvp_groups=groups)
+        if seconds < least_s * (1 - TOLERANCE):
+            yield f'predicted.tbt_s["{key}"]', f"{seconds} is below one step of {least_s} s"

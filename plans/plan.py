@@ -1,0 +1,155 @@
+"""The execution plan: everything that changes tokens or timing, as one frozen value.
+
+Written as canonical YAML by plans/codec.py, checked by plans/check.py. What says where to run it
+(weights, port, log level) is a flag of the commands and not in here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from plans.chunks import Prefill
+from plans.mesh import Parallelism
+from plans.model import Count, Dtype, Model
+from plans.steptime import StepTime
+from plans.topology import Topology
+from plans.workload import Limits, Targets, Workload
+
+SCHEMA: Literal[1] = 1
+HASH_FREE_FIELDS = ("name", "made_by", "predicted")
+"""Fields that do not change what runs and so stay out of the content hash."""
+
+
+class MadeBy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the plan came to be."""
+
+    medha: str
+    """Version of the planner."""
+    effort: str
+    seed: int
+    command: str
+    """Shell command that makes the plan again."""
+
+
+class Placement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which device each rank runs on."""
+
+    rank_map: tuple[tuple[int, int], ...]
+    """(node, device) of each rank, ranks in the order of plans/mesh.py."""
+    idle: tuple[tuple[int, int], ...] = ()
+    """(node, device) of each device that no rank uses."""
+
+
+class Kv(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The paged KV cache."""
+
+    page_tokens: Literal[16, 32, 64, 128, 256]
+    dtype: Dtype
+    pages_per_rank: Count
+    """Pages of the pool that each rank holds; all layers of its stage share one page number."""
+    tokens_per_kvp_shard: Count
+    """Tokens of one request that one group holds, a multiple of page_tokens."""
+
+
+class Memory(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes on the rank that holds most."""
+
+    capacity_bytes: Count
+    weights_bytes: Count
+    activations_bytes: Count
+    """Largest step: every live buffer of the program, and the logits."""
+    reserved_bytes: Annotated[int, Meta(ge=0)]
+    """Context, graphs, communicators, fragmentation."""
+    kv_bytes: Count
+    free_bytes: Annotated[int, Meta(ge=0)]
+
+
+class Scheduler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How requests are ordered and steps are filled (design section 4)."""
+
+    policy: str = "lars"
+    step_budget_s: Annotated[float, Meta(gt=0)] = 0.03
+    """Predicted time of a step, summed over its stages, while anything decodes."""
+    idle_budget_s: Annotated[float, Meta(gt=0)] = 0.1
+    """The same while nothing decodes."""
+    max_yield: Annotated[float, Meta(ge=0, lt=1)] = 0.4
+    """Most of a step that a long prefill leaves to short ones."""
+    long_tokens: Count = 65536
+    """Prompts from this length on are long."""
+    best_effort_share: Annotated[float, Meta(gt=0, lt=1)] = 0.1
+    """Share of every step kept for requests whose deadline can no longer be met."""
+    min_chunk_tokens: Count = 32
+    """Progress that a prefill makes even where the budget is already spent."""
+    max_step_tokens: Count = 8192
+    """Tokens of one step; activations are sized for it."""
+
+
+class When(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Steps for which a kernel is used."""
+
+    tokens_max: Count | None = None
+    """Tokens of the step; None has no bound."""
+
+
+class Kernel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One op of the program and the file that implements it."""
+
+    op: str
+    when: When = When()
+    target: Literal["torch", "triton"]
+    params: dict[str, int] = {}
+    """Tunables, as named in the op's spec."""
+    file: str
+
+
+class Predicted(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the planner expects; never read by the runtime to decide anything."""
+
+    ttft_s: dict[str, float]
+    """Time to the first token of a lone prompt, by its tokens."""
+    tbt_s: dict[str, float]
+    """Time between tokens of one lone request, by its context tokens."""
+    capacity_rps: float
+    """Requests a second of the workload at which prefill and decode fill the devices."""
+    bound_by: str
+    """What limits capacity."""
+    error_band: float
+    """Half width of the band around the times, as a share."""
+    provenance: dict[str, str]
+    """Term to `measured`, `interpolated`, `extrapolated by x` or `formula`."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know: assumed RoPE scaling, idle devices, ..."""
+
+
+class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A deployment of one model on one machine for one workload."""
+
+    schema: Literal[1] = SCHEMA
+    name: str
+    made_by: MadeBy
+    model: Model
+    workload: Workload
+    targets: Targets
+    limits: Limits
+    topology: Topology
+    parallelism: Parallelism
+    stages: tuple[tuple[int, int], ...]
+    """Layer range [first, end) of each stage; uneven cuts are legal."""
+    placement: Placement
+    prefill: Prefill
+    kv: Kv
+    memory: Memory
+    scheduler: Scheduler
+    step_time: StepTime
+    kernels: tuple[Kernel, ...] = ()
+    files: dict[str, str] = {}
+    """sha256 of every file of the program, by path inside the bundle."""
+    predicted: Predicted
+
+    def hashed(self) -> dict[str, Any]:
+        """Field values that the content hash covers, in field order."""
+        return {
+            field: getattr(self, field)
+            for field in self.__struct_fields__
+            if field not in HASH_FREE_FIELDS
+        }

@@ -1,0 +1,317 @@
+"""The only step-time formula: how long one step of one stage takes, in seconds.
+
+The planner fills the coefficients, the simulator sleeps by them, LARS and the packer decide by
+them.
+
+    stage_s = overhead
+            + layers x ( matmul(T) + sum max(pairs x pair_s, keys x key_s)        chunk attention
+                         + sum kv x decode_key_s + sequences x decode_sequence_s  decode attention
+                         + comm_latency + T x comm_token_s                        tensor parallel
+                         + merge_latency + T x (groups - 1) x merge_token_s )     KV parallel
+            + hop(T)  on every stage but the last,   head(samples)  on the last
+
+T is all tokens of the step, pairs = tokens x prefix + tokens (tokens + 1) / 2 and keys = prefix +
+tokens of one chunk. All layers are alike, so every coefficient is for one layer and the sum over
+stages has the same form as one stage: that is what makes the largest feasible chunk a closed form.
+Monotone in every argument by construction (tables rise, coefficients are not negative).
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from plans.model import Count
+
+Seconds = Annotated[float, Meta(ge=0)]
+Chunk = tuple[int, int]
+"""(tokens, prefix_tokens) of one prefill chunk."""
+
+
+class Knot(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One row of a monotone table, read by linear interpolation."""
+
+    at: Annotated[int, Meta(ge=1)]
+    """Tokens or sequences."""
+    seconds: Seconds
+
+
+class Table:
+    """A table made ready for many reads: constant before the first row, the last slope beyond it.
+
+    Rises in floating point too, not only on paper: every piece is capped by the row it ends at.
+    """
+
+    __slots__ = ("_at", "_seconds", "_slopes")
+
+    def __init__(self, knots: tuple[Knot, ...]) -> None:
+        """Takes rows whose `at` rises strictly; no rows mean that it costs nothing."""
+        self._at = [knot.at for knot in knots]
+        self._seconds = [knot.seconds for knot in knots]
+        self._slopes = [
+            (right.seconds - left.seconds) / (right.at - left.at) for left, right in pairwise(knots)
+        ]
+
+    def read(self, at: float) -> float:
+        """Seconds at a point; 0 at no tokens and for an empty table."""
+        ats, seconds = self._at, self._seconds
+        if at <= 0 or not ats:
+            return 0.0
+        row = bisect_right(ats, at)
+        if row == 0:
+            return seconds[0]
+        if row == len(ats):
+            slope = self._slopes[-1] if self._slopes else 0.0
+            return seconds[-1] + (at - ats[-1]) * slope
+        return min(seconds[row - 1] + (at - ats[row - 1]) * self._slopes[row - 1], seconds[row])
+
+
+def table_s(table: tuple[Knot, ...], at: float) -> float:
+    """Seconds at a point: constant before the first row, the last slope beyond the last row."""
+    return Table(table).read(at)
+
+
+class StepTime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
+    """Coefficients of the formula above for one plan: one replica, one rank of each stage."""
+
+    source: Literal["profile", "roofline"]
+    stage_layers: tuple[Count, ...]
+    """Layers of each stage."""
+    overhead_s: Seconds
+    """Host and launch time of one stage."""
+    matmul: tuple[Knot, ...]
+    """Seconds of one layer's matrix products and row-wise work over tokens of the step."""
+    pair_s: Seconds
+    """Chunk attention, compute bound: per (query token, key) pair."""
+    key_s: Seconds
+    """Chunk attention, bandwidth bound: per key of the chunk's context."""
+    decode_key_s: Seconds
+    """Decode attention: per KV token read."""
+    decode_sequence_s: Seconds
+    """Decode attention: per sequence."""
+    comm_latency_s: Seconds = 0.0
+    comm_token_s: Seconds = 0.0
+    """Tensor-parallel collectives of one layer."""
+    merge_latency_s: Seconds = 0.0
+    merge_token_s: Seconds = 0.0
+    """Exchange and merge of partial attention, per token and further KVP group."""
+    hop_latency_s: Seconds = 0.0
+    hop_token_s: Seconds = 0.0
+    """Hand-over to the next stage."""
+    head: tuple[Knot, ...] = ()
+    """Last norm, vocabulary projection and sampling over sampled sequences."""
+    margin: Annotated[float, Meta(ge=0)] = 0.0
+    """Share by which the packer over-estimates: the error quantile of the source."""
+
+    @property
+    def stages(self) -> int:
+        """Number of pipeline stages."""
+        return len(self.stage_layers)
+
+    def stage_s(
+        self,
+        stage: int,
+        chunks: Sequence[Chunk] = (),
+        decode_kv_tokens: Sequence[int] = (),
+        kvp_groups: int = 1,
+    ) -> float:
+        """Seconds of one step on one stage.
+
+        chunks            (tokens, prefix_tokens) of each prefill chunk; with KVP the prefix that
+                          lies in the group looked at
+        decode_kv_tokens  KV tokens that each decode reads, its own included
+        kvp_groups        groups whose partial results are merged
+        """
+        load = StepLoad(self, stage=stage)
+        for tokens, prefix_tokens in chunks:
+            load.add_chunk(tokens, prefix_tokens, kvp_groups=kvp_groups)
+        for kv_tokens in decode_kv_tokens:
+            load.add_decode(kv_tokens, kvp_groups=kvp_groups)
+        return load.seconds()
+
+    def step_s(
+        self,
+        chunks: Sequence[Chunk] = (),
+        decode_kv_tokens: Sequence[int] = (),
+        kvp_groups: int = 1,
+    ) -> float:
+        """Seconds of one step summed over its stages: what a decode in it waits for."""
+        return sum(
+            self.stage_s(stage, chunks, decode_kv_tokens, kvp_groups)
+            for stage in range(self.stages)
+        )
+
+
+class _Constants:
+    """What StepLoad reads again and again from one StepTime."""
+
+    __slots__ = ("head", "layers", "matmul", "overhead_s")
+
+    def __init__(self, step_time: StepTime) -> None:
+        self.matmul = Table(step_time.matmul)
+        self.head = Table(step_time.head)
+        self.layers = sum(step_time.stage_layers)
+        self.overhead_s = step_time.overhead_s * step_time.stages
+
+
+@lru_cache(maxsize=256)
+def _constants(step_time: StepTime) -> _Constants:
+    # Loads are made in the scheduler's inner loop; a StepTime keeps its hash, so a hit is cheap.
+    return _Constants(step_time)
+
+
+class StepLoad:
+    """A step under construction in one KVP group: add work, read the time, ask what still fits.
+
+    stage None means all stages summed. Adding is O(1); the formula lives here and nowhere else.
+    """
+
+    __slots__ = (
+        "_attention_s",
+        "_constants",
+        "_head",
+        "_hops",
+        "_layers",
+        "_merge_tokens",
+        "_overhead_s",
+        "_time",
+        "samples",
+        "tokens",
+    )
+
+    def __init__(self, step_time: StepTime, *, stage: int | None = None) -> None:
+        """Starts empty."""
+        last = len(step_time.stage_layers) - 1
+        self._time = step_time
+        self._constants = constants = _constants(step_time)
+        if stage is None:
+            self._layers = constants.layers
+            self._overhead_s = constants.overhead_s
+            self._hops = last
+            self._head = True
+        else:
+            self._layers = step_time.stage_layers[stage]
+            self._overhead_s = step_time.overhead_s
+            self._hops = int(stage != last)
+            self._head = stage == last
+        self._attention_s = 0.0  # of one layer
+        self._merge_tokens = 0  # tokens x further groups
+        self.tokens = 0
+        self.samples = 0
+
+    def add_chunk(
+        self, tokens: int, prefix_tokens: int, *, kvp_groups: int = 1, keys_only: bool = False
+    ) -> None:
+        """Adds a prefill chunk.
+
+        kvp_groups  groups that hold the request, whose partial results are merged
+        keys_only   an older shard: every query sees all `prefix_tokens` keys, none of its own
+        """
+        time = self._time
+        pairs = tokens * prefix_tokens
+        keys = prefix_tokens
+        if not keys_only:
+            pairs += tokens * (tokens + 1) // 2
+            keys += tokens
+        self._attention_s += max(pairs * time.pair_s, keys * time.key_s)
+        self._merge_tokens += tokens * (kvp_groups - 1)
+        self.tokens += tokens
+        self.samples += 1
+
+    def add_decode(self, kv_tokens: int, *, kvp_groups: int = 1) -> None:
+        """Adds one decode that reads kv_tokens in this group."""
+        time = self._time
+        self._attention_s += kv_tokens * time.decode_key_s + time.decode_sequence_s
+        self._merge_tokens += kvp_groups - 1
+        self.tokens += 1
+        self.samples += 1
+
+    def copy(self) -> "StepLoad":
+        """An independent load with the same work."""
+        twin = StepLoad.__new__(StepLoad)
+        for slot in self.__slots__:
+            setattr(twin, slot, getattr(self, slot))
+        return twin
+
+    def add_decodes(self, sequences: int, kv_tokens: int, *, merges: int = 0) -> None:
+        """Adds many decodes at once: their KV tokens in sum, and merges = sum of further groups."""
+        time = self._time
+        self._attention_s += kv_tokens * time.decode_key_s + sequences * time.decode_sequence_s
+        self._merge_tokens += merges
+        self.tokens += sequences
+        self.samples += sequences
+
+    def seconds(self) -> float:
+        """Time of the step as it stands."""
+        return self._seconds(self.tokens, self._attention_s, self._merge_tokens, self.samples)
+
+    def stages_s(self) -> tuple[float, ...]:
+        """Time of the step on each stage, whatever stage the load was made for."""
+        time = self._time
+        layer_s = self._layer_s(self.tokens, self._attention_s, self._merge_tokens)
+        hop_s = time.hop_latency_s + self.tokens * time.hop_token_s
+        seconds = [time.overhead_s + layers * layer_s + hop_s for layers in time.stage_layers]
+        head_s = self._constants.head.read(self.samples)
+        seconds[-1] = time.overhead_s + time.stage_layers[-1] * layer_s + head_s
+        return tuple(seconds)
+
+    def largest_chunk(
+        self,
+        prefix_tokens: int,
+        budget_s: float,
+        most_tokens: int,
+        *,
+        kvp_groups: int = 1,
+        keys_only: bool = False,
+    ) -> int:
+        """Largest chunk in [0, most_tokens] that keeps `seconds()` within budget_s; 0 if none does.
+
+        Exact by bisection, since the time rises with the chunk; a dozen reads of the formula. (A
+        closed form over the pieces of the table needs nearly as many and is far longer.)
+        """
+        time = self._time
+        pair_s, key_s = time.pair_s, time.key_s
+        own = not keys_only
+        held, attention_s, samples = self.tokens, self._attention_s, self.samples + 1
+        merged, others = self._merge_tokens, kvp_groups - 1
+        low, high = 0, max(most_tokens, 0) + 1  # low fits or is 0, high does not or is too many
+        chunk = high - 1  # most chunks are bounded by the prompt, not by the budget
+        while low < chunk:
+            pairs, keys = chunk * prefix_tokens, prefix_tokens
+            if own:
+                pairs += chunk * (chunk + 1) // 2
+                keys += chunk
+            seconds = self._seconds(
+                held + chunk,
+                attention_s + max(pairs * pair_s, keys * key_s),
+                merged + chunk * others,
+                samples,
+            )
+            if seconds <= budget_s:
+                low = chunk
+            else:
+                high = chunk
+            chunk = (low + high) // 2
+        return low
+
+    def _layer_s(self, tokens: int, attention_s: float, merge_tokens: int) -> float:
+        time = self._time
+        layer_s = self._constants.matmul.read(tokens) + attention_s
+        if tokens:
+            layer_s += time.comm_latency_s + tokens * time.comm_token_s
+        if merge_tokens:
+            layer_s += time.merge_latency_s + merge_tokens * time.merge_token_s
+        return layer_s
+
+    def _seconds(self, tokens: int, attention_s: float, merge_tokens: int, samples: int) -> float:
+        time = self._time
+        seconds = self._overhead_s
+        seconds += self._layers * self._layer_s(tokens, attention_s, merge_tokens)
+        if self._hops:
+            seconds += self._hops * (time.hop_latency_s + tokens * time.hop_token_s)
+        if self._head:
+            seconds += self._constants.head.read(samples)
+        return seconds

@@ -1,0 +1,206 @@
+"""Who is where: every request that has arrived and not ended, its cursors, pages and columns.
+
+    arrive -> waiting (prefill to do) -> finishing (last chunk in flight) -> running -> end
+                 ^______________________________ evict _________________________|
+
+The engine and the packer share one Book; nothing else changes it.
+"""
+
+import numpy as np
+
+from plans.chunks import WorkTable
+from plans.plan import Plan
+from runtime.columns import Columns
+from runtime.executor.base import NewPages
+from runtime.kvcache import PagePools
+from runtime.request import Request, Sequence
+from runtime.scheduler.policy import Prefills
+
+WAITING = {
+    "number": np.int64,
+    "arrival_s": np.float64,
+    "deadline_s": np.float64,
+    "work_s": np.float64,
+    "remaining_s": np.float64,
+    "prompt_tokens": np.int64,
+    "missing_tokens": np.int64,
+    "home": np.int64,
+    "newest": np.int64,
+    "started": np.bool_,
+    "recent": np.bool_,
+    "long": np.bool_,
+}
+RUNNING = {
+    "number": np.int64,
+    "prefix": np.int64,
+    "generated": np.int64,
+    "max_tokens": np.int64,
+    "home": np.int64,
+    "last_token_s": np.float64,
+    "tbt_s": np.float64,
+    "own_tbt": np.bool_,
+    "in_flight": np.bool_,
+    "long": np.bool_,
+}
+
+
+class Book:
+    """State of all live requests: `waiting` and `running` are columns, `sequences` the rest."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Empty, with the plan's page pools and work table."""
+        self.plan = plan
+        self.sequences: dict[int, Sequence] = {}
+        self.waiting = Columns(WAITING)
+        self.running = Columns(RUNNING)
+        self.pools = PagePools(
+            groups=plan.parallelism.kvp,
+            pages=plan.kv.pages_per_rank,
+            page_tokens=plan.kv.page_tokens,
+            shard_tokens=plan.kv.tokens_per_kvp_shard,
+        )
+        self.work = WorkTable(plan.prefill.chunks, plan.step_time, plan.kv.tokens_per_kvp_shard)
+        self.new_pages: list[NewPages] = []
+        self.evicted: list[int] = []
+        self.ended: list[int] = []
+
+    def arrive(self, request: Request) -> Sequence:
+        """Fixes deadline and work of a request and lets it wait."""
+        targets = self.plan.targets
+        named = targets.classes.get(request.class_name or "")
+        work_s = self.work.solo_s(request.prompt_tokens)
+        deadline_s = request.ttft_target_s
+        if deadline_s is None and named is not None:
+            deadline_s = named.ttft_s
+        if deadline_s is None:
+            deadline_s = max(targets.ttft.multiplier * work_s, targets.ttft.floor_s)
+        tbt_s = request.tbt_target_s
+        if tbt_s is None and named is not None:
+            tbt_s = named.tbt_s
+        sequence = Sequence(
+            request=request,
+            deadline_s=deadline_s,
+            work_s=work_s,
+            tbt_s=targets.tbt_s if tbt_s is None else tbt_s,
+        )
+        self.sequences[request.number] = sequence
+        self._wait(sequence)
+        return sequence
+
+    def _wait(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self.waiting.add(
+            {
+                "number": request.number,
+                "arrival_s": request.arrival_s,
+                "deadline_s": sequence.deadline_s,
+                "work_s": sequence.work_s,
+                "remaining_s": self.work.solo_s(sequence.length),
+                "prompt_tokens": request.prompt_tokens,
+                "missing_tokens": sequence.missing,
+                "home": 0,
+                "newest": 0,
+                "started": False,
+                "recent": False,
+                "long": request.prompt_tokens >= self.plan.scheduler.long_tokens,
+            }
+        )
+
+    def prefills(self) -> Prefills:
+        """What a policy may see of the waiting requests."""
+        waiting = self.waiting
+        return Prefills(**{name: waiting[name] for name in Prefills.__dataclass_fields__})
+
+    def grow(self, sequence: Sequence, end: int) -> None:
+        """Takes the pages that hold tokens up to `end` and announces them to the executor."""
+        pages = self.pools.grow(sequence, end)
+        if pages:
+            shard = (end - 1) // self.pools.shard_tokens
+            self.new_pages.append(NewPages(request=sequence.number, shard=shard, pages=pages))
+
+    def submit_chunk(self, sequence: Sequence, tokens: int) -> bool:
+        """Moves the cursor over a chunk whose pages it has; True where that ends the prefill."""
+        sequence.scheduled += tokens
+        sequence.in_flight += 1
+        if sequence.missing == 0:
+            self.waiting.remove(sequence.number)
+            return True
+        row = self.waiting.row(sequence.number)
+        waiting = self.waiting
+        waiting["started"][row] = True
+        waiting["recent"][row] = True
+        waiting["home"][row] = sequence.home
+        waiting["newest"][row] = self.pools.newest_group(sequence.home, sequence.scheduled)
+        waiting["missing_tokens"][row] = sequence.missing
+        waiting["remaining_s"][row] = self.work.remaining_s(sequence.length, sequence.scheduled)
+        return False
+
+    def decode(self, sequence: Sequence, now_s: float) -> None:
+        """The prefill has ended and sampled: from now on one token a step."""
+        request = sequence.request
+        self.running.add(
+            {
+                "number": request.number,
+                "prefix": sequence.scheduled,
+                "generated": sequence.generated,
+                "max_tokens": request.max_tokens,
+                "home": sequence.home,
+                "last_token_s": now_s,
+                "tbt_s": sequence.tbt_s,
+                "own_tbt": request.tbt_target_s is not None,
+                "in_flight": False,
+                "long": request.prompt_tokens >= self.plan.scheduler.long_tokens,
+            }
+        )
+
+    def sync(self, sequence: Sequence) -> None:
+        """Copies what the columns know of a running request into its sequence."""
+        number = sequence.number
+        if number in self.running:
+            row = self.running.row(number)
+            sequence.generated = int(self.running["generated"][row])
+            prefix = int(self.running["prefix"][row])
+            sequence.in_flight = int(self.running["in_flight"][row])
+            sequence.computed = prefix
+            sequence.scheduled = prefix + sequence.in_flight
+            sequence.last_token_s = float(self.running["last_token_s"][row])
+
+    def evict(self, sequence: Sequence) -> None:
+        """Takes all pages of a request that has nothing in flight; it will be recomputed."""
+        self.sync(sequence)
+        assert sequence.in_flight == 0, f"request {sequence.number} is in flight"
+        self.pools.release(sequence)
+        sequence.prefix_lost += sequence.computed
+        sequence.evictions += 1
+        sequence.scheduled = sequence.computed = 0
+        table = self.running if sequence.number in self.running else self.waiting
+        table.remove(sequence.number)
+        self._wait(sequence)
+        self.new_pages = [each for each in self.new_pages if each.request != sequence.number]
+        self.evicted.append(sequence.number)
+
+    def end(self, sequence: Sequence) -> None:
+        """Forgets a request in whatever state, and frees its pages.
+
+        Work of it may be in flight: later steps that get its pages run after that on every stage.
+        """
+        number = sequence.number
+        self.sync(sequence)
+        for table in (self.waiting, self.running):
+            if number in table:
+                table.remove(number)
+        self.pools.release(sequence)
+        del self.sequences[number]
+        self.new_pages = [each for each in self.new_pages if each.request != number]
+        self.ended.append(number)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where columns, sequences and pools disagree."""
+        for sequence in self.sequences.values():
+            self.sync(sequence)
+            places = (sequence.number in self.waiting) + (sequence.number in self.running)
+            finishing = sequence.missing == 0 and sequence.in_flight > 0 and places == 0
+            assert places == 1 or finishing, f"request {sequence.number} is in {places} places"
+            assert 0 <= sequence.computed <= sequence.scheduled <= sequence.length
+        assert len(self.waiting) + len(self.running) <= len(self.sequences)
+        self.pools.check_integrity(self.sequences.values())

@@ -1,0 +1,212 @@
+"""`medha-run`: generates answers for a file of requests on this machine.
+
+Order: flags, bundle, tokenizer, requests, then weights, so that whatever is wrong is said before
+anything large is loaded. Results go to stdout or --out, everything else to stderr.
+"""
+
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plans.errors import InvalidFile, MedhaError, UsageError
+
+if TYPE_CHECKING:
+    from plans.plan import Plan
+    from runtime.offline import Job, OfflineRun, Result
+    from runtime.offline import Progress as RunProgress
+    from runtime.program import Bundle
+    from runtime.scheduler import Scheduling
+    from runtime.tokenizer import Tokenizer
+
+RANDOM, NONE = "random", "none"
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells report it."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    *,
+    bundle: Annotated[Path, typer.Argument(help="Folder that medha-plan wrote.")],
+    weights: Annotated[
+        str, typer.Option(help="Folder with a Hugging Face checkpoint, or `random`.")
+    ],
+    requests: Annotated[Path, typer.Option(help="JSON lines, one request each.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File for the results, JSON lines; default stdout.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Scheduling policy; default the plan's.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder with tokenizer.json, or `none`; default the weights folder."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no table.")] = False,
+) -> None:
+    """Generates an answer for every request of a file."""
+    from runtime.offline import OfflineRun, read_jobs, result_line, write_results
+    from runtime.program import load_bundle
+    from runtime.scheduler import load_policy
+
+    logging.basicConfig(format="%(message)s", level=logging.ERROR if quiet else logging.WARNING)
+    loaded = load_bundle(bundle)
+    plan = loaded.plan
+    scheduling = load_policy(policy or plan.scheduler.policy, plan.scheduler)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    reader = _tokenizer(tokenizer, weights, plan.model.vocab)
+    jobs = read_jobs(requests, plan, reader)
+    with _progress(plan.name, quiet=quiet) as show:
+        offline = OfflineRun(jobs, reader, on_progress=show)
+        results = _generate(loaded, weights, seed, offline, scheduling)
+    if out is not None:
+        write_results(out, results)
+    else:
+        for result in results:
+            sys.stdout.buffer.write(result_line(result))
+        sys.stdout.buffer.flush()
+    if not quiet:
+        _print_table(plan, jobs, results, offline)
+
+
+def _tokenizer(choice: str | None, weights: str, vocab: int) -> "Tokenizer | None":
+    """The tokenizer asked for; with random weights there is none by default."""
+    from runtime.tokenizer import check_vocab, load_tokenizer
+
+    folder = choice or (NONE if weights == RANDOM else weights)
+    if folder == NONE:
+        return None
+    if choice is None and not (Path(folder) / "tokenizer.json").is_file():
+        raise InvalidFile(
+            folder, "", "holds no tokenizer.json; name its folder with --tokenizer, or send "
+            "token_ids with --tokenizer none"
+        )  # fmt: skip
+    tokenizer = load_tokenizer(folder)
+    check_vocab(tokenizer, vocab, folder)
+    return tokenizer
+
+
+def _generate(
+    bundle: "Bundle", weights: str, seed: int, offline: "OfflineRun", scheduling: "Scheduling"
+) -> "list[Result]":
+    """Loads what is large, and runs."""
+    from runtime.clock import WallClock
+    from runtime.executor.live import LiveExecutor, device_for
+    from runtime.weights import load_weights, random_weights
+
+    device = device_for(bundle.plan)
+    program = bundle.load_stage(0)
+    tensors = (
+        random_weights(program.parameters, seed=seed, device=device)
+        if weights == RANDOM
+        else load_weights(weights, program.parameters, device=device)
+    )
+    clock = WallClock()
+    executor = LiveExecutor(bundle.plan, program, tensors, clock=clock)
+    return offline.run(bundle.plan, executor, clock, scheduling)
+
+
+@contextmanager
+def _progress(name: str, *, quiet: bool) -> "Iterator[Callable[[RunProgress], None]]":
+    """Live progress on stderr; only on a terminal, so that logs stay short."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} prompt tokens"),
+        TextColumn("{task.fields[more]}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(f"{name}: loading", total=None, more="")
+
+        def show(now: "RunProgress") -> None:
+            running = now.started - now.finished
+            waiting = now.requests - now.started
+            bar.update(
+                task,
+                description=name,
+                total=now.prompt_tokens,
+                completed=now.prefilled_tokens,
+                more=f"{now.generated_tokens} generated, {running} running, {waiting} waiting",
+            )
+
+        yield show
+
+
+def _print_table(
+    plan: "Plan", jobs: "Sequence[Job]", results: "Sequence[Result]", offline: "OfflineRun"
+) -> None:
+    """Predicted beside measured times, by class."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{plan.name}: predicted alone, measured together (median, worst)")
+    for column in ("class", "requests", "prompt tokens"):
+        table.add_column(column, justify="right" if column != "class" else "left")
+    for quantity in ("TTFT", "TBT"):
+        table.add_column(f"{quantity} predicted", justify="right")
+        table.add_column(f"{quantity} measured", justify="right")
+    rows = list(zip(jobs, results, offline.records, strict=True))
+    for name, is_long in (("short", False), ("long", True)):
+        chosen = [
+            row for row in rows
+            if (len(row[0].prompt) >= plan.scheduler.long_tokens) == is_long
+        ]  # fmt: skip
+        if not chosen:
+            continue
+        ttft_s = [result.ttft_s for _, result, _ in chosen]
+        gaps = [result.tbt_s for _, result, _ in chosen if result.tbt_s.max is not None]
+        contexts = [len(job.prompt) + len(result.token_ids) for job, result, _ in chosen]
+        alone_s = plan.step_time.step_s(decode_kv_tokens=[round(statistics.median(contexts))])
+        table.add_row(
+            name,
+            str(len(chosen)),
+            f"{statistics.median(len(job.prompt) for job, _, _ in chosen):g}",
+            _seconds(statistics.median(record.work_s for _, _, record in chosen)),
+            f"{_seconds(statistics.median(ttft_s))}, {_seconds(max(ttft_s))}",
+            _seconds(alone_s),
+            f"{_seconds(statistics.median(gap.p50 or 0.0 for gap in gaps))}, "
+            f"{_seconds(max(gap.max or 0.0 for gap in gaps))}"
+            if gaps
+            else "one token each",
+        )
+    console = Console(stderr=True)
+    console.print(table)
+    evictions = sum(result.evictions for result in results)
+    if evictions:
+        console.print(f"{evictions} evictions; what was lost was computed again")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def main() -> None:
+    """Runs the command; exit statuses as for every command, 130 after Ctrl-C."""
+    try:
+        app(standalone_mode=True)
+    except MedhaError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+    except KeyboardInterrupt:
+        print("interrupted; no results were written", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    main()

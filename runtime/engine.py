@@ -1,0 +1,254 @@
+"""The engine loop: admit, pack, submit, collect, retire. One loop for simulation and live runs.
+
+Time comes from the clock, work goes to the executor, decisions come from the packer. The first
+stage is never left waiting for a result that the next step does not need: with several stages,
+steps follow each other as soon as the first stage is free.
+"""
+
+import heapq
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from plans.errors import Refused
+from plans.plan import Plan
+from runtime.book import Book
+from runtime.clock import Clock
+from runtime.columns import NO_ROW
+from runtime.executor.base import Chunk, Executor, Step, StepResult
+from runtime.request import NEVER, Record, Request, Sequence
+from runtime.scheduler import Scheduling
+from runtime.scheduler.pack import Packer
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+OnToken = Callable[[int, int], str | None]
+"""(request number, token) -> why the request stops here ("stop"), or None to go on."""
+
+
+LEARNING_RATE = 0.1
+"""Weight of the newest step in the correction: about ten steps of memory."""
+
+
+class Observer(Protocol):
+    """Hears of everything that happens, for progress, timelines and logs; changes nothing."""
+
+    def arrived(self, sequence: Sequence, now_s: float) -> None:
+        """A request was admitted."""
+        ...
+
+    def submitted(self, step: Step, now_s: float) -> None:
+        """A step entered the first stage."""
+        ...
+
+    def collected(self, result: StepResult) -> None:
+        """A step left the last stage."""
+        ...
+
+    def ended(self, record: Record, now_s: float) -> None:
+        """A request finished, was cancelled or was refused."""
+        ...
+
+
+class Engine:
+    """Serves requests on one replica of a plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        executor: Executor,
+        clock: Clock,
+        scheduling: Scheduling,
+        *,
+        on_token: OnToken | None = None,
+        observer: Observer | None = None,
+        learn: bool = False,
+    ) -> None:
+        """Starts empty.
+
+        on_token  called for each token of a live run, in order
+        learn     correct the step-time formula by measured steps (live runs)
+        """
+        self.book = Book(plan)
+        self.records: list[Record] = []
+        self.gaps: dict[str, list[Floats]] = {"short": [], "long": []}
+        """Seconds between tokens, by class; one array a step."""
+        self._plan = plan
+        self._executor = executor
+        self._clock = clock
+        self._packer = Packer(self.book, scheduling)
+        self._on_token = on_token
+        self._observer = observer
+        self._learn = learn
+        self._arrivals: list[tuple[float, int, Request]] = []
+
+    def add(self, request: Request) -> None:
+        """Takes a request that arrives at its arrival_s, now or later.
+
+        Raises Refused where it can never be served: it is longer than the context limit.
+        """
+        limit = self._plan.limits.context_tokens
+        if request.prompt_tokens < 1 or request.max_tokens < 1:
+            raise Refused(
+                f"request {request.number}: {request.prompt_tokens} prompt tokens and "
+                f"{request.max_tokens} new ones; both must be at least 1"
+            )
+        if request.prompt_tokens + request.max_tokens > limit:
+            raise Refused(
+                f"request {request.number}: {request.prompt_tokens} prompt tokens and up to "
+                f"{request.max_tokens} new ones exceed the context limit of {limit} tokens; "
+                f"nearest: max_tokens {max(limit - request.prompt_tokens, 0)}"
+            )
+        heapq.heappush(self._arrivals, (request.arrival_s, request.number, request))
+
+    def cancel(self, number: int) -> None:
+        """Ends a request in whatever state it is; does nothing where it has ended already."""
+        if number in self.book.sequences:
+            self._end(self.book.sequences[number], "cancelled", self._clock.now_s())
+            return
+        for entry in self._arrivals:
+            if entry[1] == number:
+                self._arrivals.remove(entry)
+                heapq.heapify(self._arrivals)
+                return
+
+    def run(self, until_s: float | None = None) -> None:
+        """Serves until nothing is left, or the clock passes until_s.
+
+        Requests that have not ended by then stay in the book; `close` records them.
+        """
+        while self.tick(until_s):
+            pass
+
+    def close(self) -> None:
+        """Records every request that has not ended as unfinished."""
+        now_s = self._clock.now_s()
+        for sequence in list(self.book.sequences.values()):
+            self._end(sequence, "unfinished", now_s)
+
+    def tick(self, until_s: float | None = None) -> bool:
+        """One turn of the loop; False when there is nothing more to do."""
+        self._admit()
+        while self._executor.can_submit():
+            now_s = self._clock.now_s()
+            step = self._packer.pack(now_s)
+            if step is None:
+                break
+            if self._observer is not None:
+                self._observer.submitted(step, now_s)
+            self._executor.submit(step)
+        wake_s = self._arrivals[0][0] if self._arrivals else None
+        if until_s is not None:
+            wake_s = until_s if wake_s is None else min(wake_s, until_s)
+        if not self._executor.in_flight():
+            if not self._arrivals:
+                assert not self.book.sequences, "requests wait and nothing runs"
+                return False
+            self._clock.sleep_until(wake_s if wake_s is not None else self._arrivals[0][0])
+        else:
+            for result in self._executor.wait(until_s=wake_s):
+                self._collect(result)
+        return until_s is None or self._clock.now_s() < until_s
+
+    def _admit(self) -> None:
+        now_s = self._clock.now_s()
+        while self._arrivals and self._arrivals[0][0] <= now_s:
+            _, _, request = heapq.heappop(self._arrivals)
+            sequence = self.book.arrive(request)
+            if self._observer is not None:
+                self._observer.arrived(sequence, now_s)
+
+    def _collect(self, result: StepResult) -> None:
+        """Retires a step: cursors, first tokens, decodes, ends."""
+        if self._observer is not None:
+            self._observer.collected(result)
+        if self._learn:
+            self._learn_from(result)
+        now_s = result.finished_s
+        for chunk in result.step.chunks:
+            sequence = self.book.sequences.get(chunk.request)
+            if sequence is not None:
+                self._collect_chunk(sequence, chunk, result)
+        self._collect_decodes(result, now_s)
+
+    def _collect_chunk(self, sequence: Sequence, chunk: Chunk, result: StepResult) -> None:
+        now_s = result.finished_s
+        sequence.computed += chunk.tokens
+        sequence.in_flight -= 1
+        if sequence.first_chunk_s != sequence.first_chunk_s:  # NaN: the first one
+            sequence.first_chunk_s = now_s
+        if not chunk.samples:
+            return
+        sequence.generated += 1
+        if sequence.first_token_s != sequence.first_token_s:
+            sequence.first_token_s = now_s
+        else:  # a recomputed request goes on where it was
+            gap = np.array([now_s - sequence.last_token_s])
+            self.gaps["long" if self._long(sequence) else "short"].append(gap)
+        sequence.last_token_s = now_s
+        reason = self._stop_reason(sequence.number, result)
+        if reason is None and sequence.generated >= sequence.request.max_tokens:
+            reason = "length"
+        if reason is not None:
+            self._end(sequence, reason, now_s)
+        else:
+            self.book.decode(sequence, now_s)
+
+    def _collect_decodes(self, result: StepResult, now_s: float) -> None:
+        running = self.book.running
+        rows = running.rows(result.step.decodes)
+        rows = rows[rows != NO_ROW]
+        if not len(rows):
+            return
+        gaps = now_s - running["last_token_s"][rows]
+        long = running["long"][rows]
+        self.gaps["short"].append(gaps[~long])
+        if long.any():
+            self.gaps["long"].append(gaps[long])
+        running["last_token_s"][rows] = now_s
+        running["prefix"][rows] += 1
+        running["generated"][rows] += 1
+        running["in_flight"][rows] = False
+        full = running["generated"][rows] >= running["max_tokens"][rows]
+        ending = dict.fromkeys(running["number"][rows[full]].tolist(), "length")
+        if self._on_token is not None:
+            for number in running["number"][rows].tolist():
+                reason = self._stop_reason(number, result)
+                if reason is not None:
+                    ending[number] = reason
+        for number, reason in ending.items():
+            self._end(self.book.sequences[number], reason, now_s)
+
+    def _stop_reason(self, number: int, result: StepResult) -> str | None:
+        if self._on_token is None:
+            return None
+        return self._on_token(number, result.tokens[number])
+
+    def _long(self, sequence: Sequence) -> bool:
+        return sequence.request.prompt_tokens >= self._plan.scheduler.long_tokens
+
+    def _end(self, sequence: Sequence, reason: str, now_s: float) -> None:
+        self.book.end(sequence)
+        record = Record(
+            request=sequence.request,
+            deadline_s=sequence.deadline_s,
+            work_s=sequence.work_s,
+            first_chunk_s=sequence.first_chunk_s,
+            first_token_s=sequence.first_token_s,
+            finished_s=now_s if reason in {"length", "stop"} else NEVER,
+            generated=sequence.generated,
+            evictions=sequence.evictions,
+            recomputed_tokens=sequence.prefix_lost,
+            reason=reason,
+        )
+        self.records.append(record)
+        if self._observer is not None:
+            self._observer.ended(record, now_s)
+
+    def _learn_from(self, result: StepResult) -> None:
+        """Moves the correction a little towards measured over predicted."""
+        predicted_s = self._packer.predicted_s(result.step)
+        if predicted_s > 0:
+            ratio = sum(result.stage_s) / predicted_s
+            step = LEARNING_RATE * (ratio - self._packer.correction)
+            self._packer.correction = min(max(self._packer.correction + step, 0.1), 10.0)

@@ -1,0 +1,359 @@
+"""Offline generation: request files in, an engine run over a live executor, results out.
+
+A request file has one JSON object a line; `RequestLine` is its whole vocabulary. Everything that
+can be wrong with a line is found before weights are loaded, and named by file, line and field.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from plans.errors import InvalidFile, UsageError
+from plans.fields import explain, path_text
+from plans.model import Count
+from plans.plan import Plan
+from runtime.clock import Clock
+from runtime.engine import Engine
+from runtime.executor.base import Step, StepResult
+from runtime.executor.live import LiveExecutor
+from runtime.metrics import Spread, spread
+from runtime.request import Record, Request
+from runtime.request import Sequence as Live
+from runtime.sampling_params import SEED_MAX, SamplingParams
+from runtime.scheduler import Scheduling
+from runtime.tokenizer import TextStream, Tokenizer
+
+TokenId = Annotated[int, Meta(ge=0)]
+
+
+class RequestLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of a request file: one of prompt, token_ids and messages, and how to answer."""
+
+    id: str | int | None = None
+    """Comes back with the result; the line number where it is left out."""
+    prompt: str | None = None
+    token_ids: list[TokenId] | None = None
+    messages: list[dict[str, Any]] | None = None
+    """A conversation, written out by the model's chat template."""
+    max_tokens: Count = 16
+    """Most tokens that are generated."""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: Annotated[int, Meta(ge=0, le=SEED_MAX)] | None = None
+    """The line's number where it is left out, so that equal lines differ and a run repeats."""
+    stop: list[Annotated[str, Meta(min_length=1)]] = []
+    """Texts that end the answer; they are not part of it."""
+    stop_token_ids: list[TokenId] = []
+    """Tokens that end the answer, besides the model's own end tokens."""
+    ignore_eos: bool = False
+    """Goes on over the model's own end tokens."""
+    arrival_s: Annotated[float, Meta(ge=0)] = 0.0
+    """Seconds after the start at which the request arrives."""
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """A request that passed every check."""
+
+    id: str | int
+    prompt: tuple[int, ...]
+    request: Request
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    end_tokens: frozenset[int]
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """One line of a result file."""
+
+    id: str | int
+    text: str | None
+    """None without a tokenizer."""
+    token_ids: tuple[int, ...]
+    """All generated tokens, an end token included."""
+    finish_reason: str
+    """`stop` (an end token or stop string) or `length`."""
+    prompt_tokens: int
+    ttft_s: float
+    tbt_s: Spread
+    """Seconds between tokens; all null where the answer has one token."""
+    evictions: int
+
+
+def read_jobs(path: str | Path, plan: Plan, tokenizer: Tokenizer | None) -> list[Job]:
+    """Jobs of a request file, in order; raises InvalidFile with the line of the first misfit."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidFile(str(path), "", f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidFile(str(path), "", f"is not UTF-8 text (byte {error.start})") from None
+    jobs: list[Job] = []
+    lines: dict[str | int, int] = {}
+    # not splitlines: JSON may hold other line ends inside a string
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        parsed = _parsed(line, where)
+        job = _job(parsed, plan, tokenizer, number=len(jobs), line_number=number, where=where)
+        if job.id in lines:
+            raise InvalidFile(where, "id", f"{job.id!r} is the id of line {lines[job.id]} too")
+        lines[job.id] = number
+        jobs.append(job)
+    if not jobs:
+        raise InvalidFile(str(path), "", "holds no request; each line is one JSON object")
+    return jobs
+
+
+def _parsed(line: str, where: str) -> RequestLine:
+    try:
+        data = json.loads(line, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+    except ValueError as error:
+        raise InvalidFile(where, "", f"is no JSON: {error}") from None
+    try:
+        return msgspec.convert(data, RequestLine)
+    except msgspec.ValidationError as error:
+        problem = explain(str(error), data, RequestLine)
+        raise InvalidFile(where, path_text(problem.path), problem.text) from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(each for each in names if names.count(each) > 1)!r} stands twice")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _job(
+    line: RequestLine,
+    plan: Plan,
+    tokenizer: Tokenizer | None,
+    *,
+    number: int,
+    line_number: int,
+    where: str,
+) -> Job:
+    prompt = _prompt(line, plan.model.vocab, tokenizer, where)
+    limit = plan.limits.context_tokens
+    if len(prompt) + line.max_tokens > limit:
+        raise InvalidFile(
+            where,
+            "max_tokens",
+            f"{len(prompt)} prompt tokens and up to {line.max_tokens} new ones exceed the plan's "
+            f"context limit of {limit} tokens; nearest: max_tokens {max(limit - len(prompt), 0)}",
+        )
+    if line.stop and tokenizer is None:
+        raise InvalidFile(where, "stop", "needs a tokenizer; stop_token_ids works without one")
+    try:
+        sampling = SamplingParams(
+            temperature=line.temperature,
+            top_k=line.top_k,
+            top_p=line.top_p,
+            min_p=line.min_p,
+            seed=line_number if line.seed is None else line.seed,
+        )
+    except UsageError as error:
+        raise InvalidFile(where, "", str(error)) from None
+    own_end = frozenset() if line.ignore_eos or tokenizer is None else tokenizer.end_tokens
+    return Job(
+        id=line_number if line.id is None else line.id,
+        prompt=tuple(prompt),
+        request=Request(
+            number=number,
+            arrival_s=line.arrival_s,
+            prompt_tokens=len(prompt),
+            max_tokens=line.max_tokens,
+        ),
+        sampling=sampling,
+        stop=tuple(line.stop),
+        end_tokens=own_end | frozenset(line.stop_token_ids),
+    )
+
+
+def _prompt(line: RequestLine, vocab: int, tokenizer: Tokenizer | None, where: str) -> list[int]:
+    given = [
+        name for name in ("prompt", "token_ids", "messages") if getattr(line, name) is not None
+    ]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise InvalidFile(
+            where, "", f"exactly one of prompt, token_ids and messages is needed, found {found}"
+        )
+    tokens = line.token_ids
+    if tokens is None:
+        if tokenizer is None:
+            raise InvalidFile(where, given[0], "needs a tokenizer; token_ids works without one")
+        try:
+            text_tokens = (
+                tokenizer.encode_chat(line.messages)
+                if line.messages is not None
+                else tokenizer.encode(line.prompt or "")
+            )
+        except UsageError as error:
+            raise InvalidFile(where, given[0], str(error)) from None
+        tokens = text_tokens if line.messages or line.prompt else []
+    if not tokens:
+        raise InvalidFile(where, given[0], "is empty; a prompt has at least one token")
+    if max(tokens) >= vocab:
+        raise InvalidFile(
+            where, given[0], f"token {max(tokens)} is not below the model's vocabulary of {vocab}"
+        )
+    return tokens
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is; read it, the run changes it."""
+
+    requests: int
+    prompt_tokens: int
+    """Of all requests."""
+    prefilled_tokens: int = 0
+    """Prompt tokens computed, each counted once, whatever was recomputed."""
+    generated_tokens: int = 0
+    finished: int = 0
+    started: int = 0
+    """Requests that have a first token."""
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What has been generated for one job."""
+
+    job: Job
+    stream: TextStream | None
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+    prefilled: int = 0
+
+    def take(self, token: int, now_s: float) -> str | None:
+        """Adds a token; the reason to stop, if it is one."""
+        self.tokens.append(token)
+        self.times_s.append(now_s)
+        if token in self.job.end_tokens:
+            return "stop"
+        if self.stream is not None:
+            self.pieces.append(self.stream.push(token))
+            if self.stream.stopped:
+                return "stop"
+        return None
+
+    def result(self, record: Record) -> Result:
+        """The finished answer."""
+        if self.stream is not None:
+            self.pieces.append(self.stream.finish())
+        return Result(
+            id=self.job.id,
+            text=None if self.stream is None else "".join(self.pieces),
+            token_ids=tuple(self.tokens),
+            finish_reason=record.reason,
+            prompt_tokens=len(self.job.prompt),
+            ttft_s=record.ttft_s,
+            tbt_s=spread(np.diff(np.array(self.times_s))),
+            evictions=record.evictions,
+        )
+
+
+class OfflineRun:
+    """Observer and token sink of one engine run over jobs."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        tokenizer: Tokenizer | None,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Starts with nothing generated; on_progress is called after each step."""
+        self.progress = Progress(
+            requests=len(jobs), prompt_tokens=sum(len(job.prompt) for job in jobs)
+        )
+        self.records: list[Record] = []
+        self._on_progress = on_progress
+        self._now_s = 0.0
+        self._answers = {
+            job.request.number: _Answer(
+                job,
+                None
+                if tokenizer is None
+                else TextStream(tokenizer, prompt=job.prompt, stop=job.stop),
+            )
+            for job in jobs
+        }
+
+    def run(
+        self, plan: Plan, executor: LiveExecutor, clock: Clock, scheduling: Scheduling
+    ) -> list[Result]:
+        """Serves all jobs to their ends; results in the order of the jobs."""
+        engine = Engine(
+            plan, executor, clock, scheduling, on_token=self._take, observer=self, learn=True
+        )
+        for number, answer in self._answers.items():
+            executor.add_request(number, answer.job.prompt, answer.job.sampling)
+            engine.add(answer.job.request)
+        engine.run()
+        self.records = sorted(engine.records, key=lambda record: record.request.number)
+        return [self._answers[record.request.number].result(record) for record in self.records]
+
+    def _take(self, number: int, token: int) -> str | None:
+        self.progress.generated_tokens += 1
+        answer = self._answers[number]
+        self.progress.started += not answer.tokens
+        return answer.take(token, self._now_s)
+
+    def arrived(self, sequence: Live, now_s: float) -> None:
+        """Nothing to note."""
+
+    def submitted(self, step: Step, now_s: float) -> None:
+        """Nothing to note."""
+
+    def collected(self, result: StepResult) -> None:
+        """Counts prompt tokens and keeps the time of the tokens that follow."""
+        self._now_s = result.finished_s
+        for chunk in result.step.chunks:
+            answer = self._answers[chunk.request]
+            reached = min(chunk.prefix + chunk.tokens, len(answer.job.prompt))
+            self.progress.prefilled_tokens += max(reached - answer.prefilled, 0)
+            answer.prefilled = max(answer.prefilled, reached)
+        if self._on_progress is not None:
+            self._on_progress(self.progress)
+
+    def ended(self, record: Record, now_s: float) -> None:
+        """Counts the request."""
+        self.progress.finished += 1
+
+
+def write_results(path: str | Path, results: Iterable[Result]) -> None:
+    """Writes one JSON object a line; a reader sees all of them or none."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as file:
+            for result in results:
+                file.write(result_line(result))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def result_line(result: Result) -> bytes:
+    """One line of a result file."""
+    return msgspec.json.encode(result) + b"\n"

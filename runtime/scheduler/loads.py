@@ -1,0 +1,102 @@
+"""The step under construction in every KVP group at once: the slowest group decides its time.
+
+Shard i of a request lies in group (home + i) mod groups. Each group that holds a shard runs the
+same query tokens; only the newest shard is causal and written to (design section 4, KVP).
+"""
+
+import numpy as np
+
+from plans.chunks import add_sharded_chunk
+from plans.steptime import StepLoad, StepTime
+from runtime.scheduler.policy import Ints
+
+
+class GroupLoads:
+    """One StepLoad a group, for one stage or (stage None) summed over all stages."""
+
+    def __init__(
+        self, step_time: StepTime, *, groups: int, shard_tokens: int, stage: int | None = None
+    ) -> None:
+        """Starts empty."""
+        self._time = step_time
+        self._stage = stage
+        self._shard_tokens = shard_tokens
+        self._groups = [StepLoad(step_time, stage=stage) for _ in range(groups)]
+
+    def active(self, home: int, prefix: int) -> list[tuple[int, int]]:
+        """(group, shards behind the newest one) of each group that works on a token at `prefix`."""
+        newest = prefix // self._shard_tokens
+        count = len(self._groups)
+        return [((home + newest - behind) % count, behind) for behind in range(newest + 1)]
+
+    def add_decodes(self, prefix: Ints, home: Ints) -> None:
+        """Adds one decode token for each row; prefix excludes the token itself."""
+        if not len(prefix):
+            return
+        groups = len(self._groups)
+        if groups == 1:
+            self._groups[0].add_decodes(len(prefix), int(prefix.sum()) + len(prefix))
+            return
+        newest = prefix // self._shard_tokens
+        for behind in range(int(newest.max()) + 1):
+            here = newest >= behind
+            group = (home + newest - behind)[here] % groups
+            keys = self._shard_tokens
+            if behind == 0:
+                read = prefix[here] + 1 - newest[here] * self._shard_tokens
+            else:
+                read = np.full(len(group), keys)
+            counts = np.bincount(group, minlength=groups)
+            tokens = np.bincount(group, weights=read, minlength=groups)
+            merges = np.bincount(group, weights=newest[here], minlength=groups)
+            for index in np.flatnonzero(counts):
+                self._groups[index].add_decodes(
+                    int(counts[index]), int(tokens[index]), merges=int(merges[index])
+                )
+
+    def add_chunk(self, home: int, tokens: int, prefix: int) -> None:
+        """Adds a chunk to every group that holds a shard of its request."""
+        for group, behind in self.active(home, prefix):
+            add_sharded_chunk(
+                self._groups[group], tokens, prefix, self._shard_tokens, behind=behind
+            )
+
+    def tokens(self, home: int, prefix: int) -> int:
+        """Most query tokens of any group that a token at `prefix` would work in."""
+        return max(self._groups[group].tokens for group, _ in self.active(home, prefix))
+
+    def seconds(self) -> float:
+        """Time of the slowest group."""
+        return max(load.seconds() for load in self._groups)
+
+    def seconds_at(self, home: int, prefix: int) -> float:
+        """Time of the slowest group that a token at `prefix` would work in."""
+        return max(self._groups[group].seconds() for group, _ in self.active(home, prefix))
+
+    def group_seconds(self, group: int) -> float:
+        """Time of one group."""
+        return self._groups[group].seconds()
+
+    def largest_chunk(self, home: int, prefix: int, budget_s: float, most: int) -> int:
+        """Largest chunk that keeps every group it works in within budget_s."""
+        newest = prefix // self._shard_tokens
+        for group, behind in self.active(home, prefix):
+            if most <= 0:
+                break
+            keys_only = behind > 0
+            keys = self._shard_tokens if keys_only else prefix - newest * self._shard_tokens
+            most = self._groups[group].largest_chunk(
+                keys, budget_s, most, kvp_groups=newest + 1, keys_only=keys_only
+            )
+        return most
+
+    def copy(self) -> "GroupLoads":
+        """An independent load with the same work."""
+        twin = GroupLoads(
+            self._time,
+            groups=0,
+            shard_tokens=self._shard_tokens,
+            stage=self._stage,
+        )
+        twin._groups = [load.copy() for load in self._groups]
+        return twin

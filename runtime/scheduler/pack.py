@@ -1,0 +1,405 @@
+"""Fills one step: decodes first, then prefill chunks in the policy's order, within the budgets.
+
+Shared by all policies, so that none can break a budget. Invariants:
+
+- every decode that can run is in the step, one token each; prefills never displace it
+- predicted seconds stay within the budget, but for the minimum progress of the first prefill
+- tokens of a group stay within max_step_tokens; a chunk stays within the plan's schedule and shard
+- at most one long prefill a group while others wait; it leaves its yield to waiting short ones
+- what does not fit is passed over, and time that nobody claimed goes to whom it would have fed
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plans.chunks import chunk_at
+from runtime.book import Book
+from runtime.executor.base import Chunk, Step
+from runtime.request import Sequence
+from runtime.scheduler import Scheduling
+from runtime.scheduler.loads import GroupLoads
+from runtime.scheduler.memory import Room, make_room
+from runtime.scheduler.order import in_order
+
+MISSES = 256
+"""Candidates passed over in one step before the scan ends; bounds the time of a decision."""
+WORTH = 0.02
+"""Share of the budget below which leftover time is not worth a second look."""
+
+
+@dataclass(slots=True)
+class Placed:
+    """A chunk that is in the step under construction."""
+
+    sequence: Sequence
+    prefix: int
+    tokens: int
+    cut: bool
+    """Only the time limit kept it from being longer."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step under construction."""
+
+    base: GroupLoads
+    """The decodes alone."""
+    loads: GroupLoads
+    budget_s: float
+    placed: list[Placed] = field(default_factory=list)
+    members: set[int] = field(default_factory=set)
+    long_groups: set[int] = field(default_factory=set)
+    misses: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A waiting request with what the policy says of it."""
+
+    number: int
+    long: bool
+    demoted: bool
+    share: float
+    """Yield."""
+
+
+class Packer:
+    """Turns the book into the next step."""
+
+    def __init__(self, book: Book, scheduling: Scheduling) -> None:
+        """Packs for the book's plan, in the order of the policy."""
+        self._book = book
+        self._plan = book.plan
+        self._config = book.plan.scheduler
+        self._scheduling = scheduling
+        self._step_id = 0
+        self._starts = 0
+        """Fresh prompts that may still start in the step under construction."""
+        self.correction = 1.0
+        """Measured over predicted step time, learnt by the engine."""
+
+    def pack(self, now_s: float) -> Step | None:
+        """The next step, with pages taken and cursors moved; None where nothing can run now."""
+        book = self._book
+        stalled = self._grow_decodes()
+        running = book.running
+        rows = np.flatnonzero(~running["in_flight"])
+        if stalled:
+            rows = rows[~np.isin(running["number"][rows], list(stalled))]
+        rows = rows[np.argsort(running["number"][rows])]
+        numbers, prefix = running["number"][rows], running["prefix"][rows]
+        home = running["home"][rows]
+        base = self._empty()
+        base.add_decodes(prefix, home)
+        draft = Draft(base=base, loads=base.copy(), budget_s=self._budget_s(now_s))
+        draft.members.update(numbers.tolist())
+        if len(book.waiting):
+            self._prefills(draft, now_s)
+        if not len(rows) and not draft.placed:
+            return None
+        running["in_flight"][running.rows(numbers)] = True
+        return self._commit(draft, numbers, prefix, home)
+
+    def predicted_s(self, step: Step) -> float:
+        """The formula's seconds of a step, summed over stages, without correction or margin."""
+        loads = self._empty()
+        loads.add_decodes(step.decode_prefix, step.decode_home)
+        for chunk in step.chunks:
+            loads.add_chunk(chunk.home, chunk.tokens, chunk.prefix)
+        return loads.seconds()
+
+    def _empty(self) -> GroupLoads:
+        return GroupLoads(
+            self._plan.step_time,
+            groups=self._plan.parallelism.kvp,
+            shard_tokens=self._plan.kv.tokens_per_kvp_shard,
+        )
+
+    def _commit(
+        self, draft: Draft, numbers: np.ndarray, prefix: np.ndarray, home: np.ndarray
+    ) -> Step:
+        book = self._book
+        book.waiting["recent"][:] = False
+        chunks = []
+        for placed in draft.placed:
+            sequence = placed.sequence
+            ends = book.submit_chunk(sequence, placed.tokens)
+            chunks.append(
+                Chunk(
+                    request=sequence.number,
+                    tokens=placed.tokens,
+                    prefix=placed.prefix,
+                    home=sequence.home,
+                    samples=ends,
+                )
+            )
+        step = Step(
+            step_id=self._step_id,
+            decodes=numbers,
+            decode_prefix=prefix,
+            decode_home=home,
+            chunks=tuple(chunks),
+            pages=tuple(book.new_pages),
+            evicted=tuple(book.evicted),
+            ended=tuple(book.ended),
+        )
+        self._step_id += 1
+        book.new_pages, book.evicted, book.ended = [], [], []
+        return step
+
+    def _grow_decodes(self) -> set[int]:
+        """Gives each decode the page its next token needs, oldest first; returns who must wait."""
+        book, pools = self._book, self._book.pools
+        running = book.running
+        edge = ~running["in_flight"] & (running["prefix"] % pools.page_tokens == 0)
+        stalled: set[int] = set()
+        if not edge.any():
+            return stalled
+        for number in np.sort(running["number"][edge]).tolist():
+            if number not in running:
+                continue  # evicted by an older one just now
+            sequence = book.sequences[number]
+            prefix = int(running["prefix"][running.row(number)])
+            group = pools.newest_group(sequence.home, prefix)
+            missing = pools.missing_pages(sequence, prefix + 1)
+            room = make_room(book, sequence, group, missing, keep=set(), decodes=True)
+            if room is Room.YES:
+                book.grow(sequence, prefix + 1)
+            elif room is Room.LATER:
+                stalled.add(number)
+            else:
+                book.evict(sequence)
+        return stalled
+
+    def _budget_s(self, now_s: float) -> float:
+        """Predicted seconds that the step may take, its decodes included."""
+        config, running = self._config, self._book.running
+        if self._scheduling.chunk_tokens is not None:
+            return float("inf")
+        if not len(running):
+            budget_s = config.idle_budget_s
+        else:
+            limit = np.where(running["own_tbt"], config.idle_budget_s, config.step_budget_s).min()
+            slack = (running["last_token_s"] + running["tbt_s"]).min() - now_s
+            # a token that is late already does not stop all prefill
+            budget_s = min(float(limit), max(float(slack), 0.5 * config.step_budget_s))
+        return budget_s / ((1.0 + self._plan.step_time.margin) * self.correction)
+
+    def _prefills(self, draft: Draft, now_s: float) -> None:
+        """Places chunks in rank order."""
+        candidates = self._candidates(now_s)
+        normal = [each for each in candidates if not each.demoted]
+        demoted = [each for each in candidates if each.demoted]
+        decode_s = draft.loads.seconds()
+        spare_s = max(draft.budget_s - decode_s, 0.0)
+        share = self._config.best_effort_share
+        limit_s = draft.budget_s
+        if normal and demoted and spare_s < float("inf"):
+            limit_s -= share * spare_s
+        self._place_all(draft, normal, limit_s, least=True)
+        turn = self._step_id % round(1 / share) == 0  # progress of the demoted without any spare
+        self._place_all(draft, demoted, draft.budget_s, least=not draft.placed or turn)
+        if limit_s < draft.budget_s:
+            self._enlarge(draft)
+            self._place_all(draft, normal, draft.budget_s, least=False)
+
+    def _candidates(self, now_s: float) -> list[Candidate]:
+        """Waiting requests in rank order, as many as a step can look at."""
+        book = self._book
+        prefills = book.prefills()
+        ranked = self._scheduling.policy.rank(prefills, now_s=now_s)
+        resident = len(book.sequences) - int((~prefills.started).sum())
+        only = np.ones(len(prefills), dtype=np.bool_)
+        if resident >= self._plan.limits.sequences:
+            only = prefills.started
+        self._starts = self._plan.limits.sequences - resident
+        found = []
+        for demoted in (False, True):
+            pool = np.flatnonzero(only & (ranked.demoted == demoted))
+            for index in _first(in_order(ranked.keys[pool], prefills.number[pool]), MISSES):
+                row = pool[index]
+                found.append(
+                    Candidate(
+                        number=int(prefills.number[row]),
+                        long=bool(prefills.long[row]),
+                        demoted=demoted,
+                        share=float(ranked.yields[row]),
+                    )
+                )
+        return found
+
+    def _place_all(
+        self, draft: Draft, candidates: list[Candidate], limit_s: float, *, least: bool
+    ) -> None:
+        """Places candidates in order until the limit; the first one makes its least progress."""
+        waiting_longs = []
+        for index, candidate in enumerate(candidates):
+            if candidate.number in draft.members:
+                continue
+            if self._full(draft, limit_s) and not least:
+                return
+            if candidate.long:
+                if self._long_groups(candidate.number) & draft.long_groups:
+                    waiting_longs.append(candidate)
+                    continue
+                if candidate.share > 0:
+                    yielded_s = draft.loads.seconds() + candidate.share * draft.budget_s
+                    shorts = [each for each in candidates[index + 1 :] if not each.long]
+                    self._place_shorts(draft, shorts, min(limit_s, yielded_s))
+            if self._place(draft, candidate, limit_s, least=least):
+                least = False
+        for candidate in waiting_longs:  # only time that nobody else could use
+            if not self._full(draft, limit_s):
+                self._place(draft, candidate, limit_s, least=False)
+
+    def _place_shorts(self, draft: Draft, shorts: list[Candidate], limit_s: float) -> None:
+        for candidate in shorts:
+            if self._full(draft, limit_s):
+                return
+            if candidate.number not in draft.members:
+                self._place(draft, candidate, limit_s, least=False)
+
+    def _full(self, draft: Draft, limit_s: float) -> bool:
+        """Whether not even a least chunk of a fresh prompt fits into any group."""
+        if draft.misses >= MISSES:
+            return True
+        least = self._config.min_chunk_tokens
+        most = self._scheduling.chunk_tokens or self._config.max_step_tokens
+        return not any(
+            draft.loads.tokens(group, 0) < most
+            and draft.loads.largest_chunk(group, 0, limit_s, least) >= least
+            for group in range(self._plan.parallelism.kvp)
+        )
+
+    def _long_groups(self, number: int) -> set[int]:
+        sequence = self._book.sequences[number]
+        return {self._book.pools.newest_group(sequence.home, sequence.scheduled)}
+
+    def _place(self, draft: Draft, candidate: Candidate, limit_s: float, *, least: bool) -> bool:
+        """Places the largest chunk of one request; False where none fits."""
+        book, config = self._book, self._config
+        sequence = book.sequences[candidate.number]
+        fresh = sequence.scheduled == 0
+        if fresh and self._starts <= 0:
+            return False
+        if fresh and not sequence.pages:
+            sequence.home = self._home(draft)
+        prefix = sequence.scheduled
+        most = self._most(sequence, draft.loads.tokens(sequence.home, prefix))
+        floor = min(config.min_chunk_tokens, sequence.missing, most)
+        tokens = draft.loads.largest_chunk(sequence.home, prefix, limit_s, most)
+        cut = tokens < most
+        if tokens < floor and least:
+            tokens = floor
+        if floor <= 0 or tokens < floor:
+            draft.misses += 1
+            return False
+        tokens = self._with_pages(draft, sequence, tokens, floor)
+        if tokens <= 0:
+            draft.misses += 1
+            return False
+        draft.loads.add_chunk(sequence.home, tokens, prefix)
+        draft.placed.append(Placed(sequence=sequence, prefix=prefix, tokens=tokens, cut=cut))
+        draft.members.add(candidate.number)
+        self._starts -= fresh
+        if candidate.long:
+            draft.long_groups |= self._long_groups(candidate.number)
+        return True
+
+    def _most(self, sequence: Sequence, in_group: int) -> int:
+        """Largest chunk that the request, the schedule, its shard and the step's size allow.
+
+        in_group is what the busiest of its groups already has in the step.
+        """
+        prefix = sequence.scheduled
+        shard = self._plan.kv.tokens_per_kvp_shard
+        static = self._scheduling.chunk_tokens
+        return min(
+            sequence.missing,
+            chunk_at(self._plan.prefill.chunks, prefix) if static is None else static - in_group,
+            shard - prefix % shard,
+            self._config.max_step_tokens - in_group,
+        )
+
+    def _with_pages(self, draft: Draft, sequence: Sequence, tokens: int, floor: int) -> int:
+        """Takes pages for up to `tokens`, at least `floor`; returns how many tokens have pages."""
+        book, pools = self._book, self._book.pools
+        prefix = sequence.scheduled
+        group = pools.newest_group(sequence.home, prefix)
+        running = len(book.running)
+        headroom = min(running, 1 + pools.pages // 50)  # decodes grow soon
+        free = max(pools.free_pages(group) - headroom, 0)
+        if (
+            not sequence.pages
+            and free < self._start_pages(sequence)
+            and running + len(draft.placed)
+        ):
+            return 0
+        room = pools.room_tokens(sequence, prefix, free)
+        if room < floor:
+            needed = pools.missing_pages(sequence, prefix + floor)
+            keep = draft.members
+            if make_room(book, sequence, group, needed, keep=keep, decodes=False) is not Room.YES:
+                return 0
+            room = floor
+        tokens = min(tokens, room)
+        book.grow(sequence, prefix + tokens)
+        return tokens
+
+    def _start_pages(self, sequence: Sequence) -> int:
+        """Free pages without which a prompt does not start: all of a short one, some of a long one.
+
+        A request that was evicted before waits for all it had, so that it is not evicted again.
+        """
+        pools = self._book.pools
+        enough = sequence.length if sequence.evictions else self._config.long_tokens
+        tokens = min(sequence.length, enough, pools.shard_tokens)
+        return min(-(-tokens // pools.page_tokens), pools.pages)
+
+    def _home(self, draft: Draft) -> int:
+        """Group with the least predicted pending seconds, by live state."""
+        groups = self._plan.parallelism.kvp
+        if groups == 1:
+            return 0
+        waiting = self._book.waiting
+        started = waiting["started"]
+        pending = np.bincount(
+            waiting["newest"][started], weights=waiting["remaining_s"][started], minlength=groups
+        )
+        return min(
+            range(groups),
+            key=lambda group: (pending[group] + draft.loads.group_seconds(group), group),
+        )
+
+    def _enlarge(self, draft: Draft) -> None:
+        """Gives time that the best-effort class left over to the first chunk that was cut."""
+        if draft.budget_s - draft.loads.seconds() < WORTH * draft.budget_s:
+            return
+        for placed in draft.placed:
+            if not placed.cut:
+                continue
+            loads = draft.base.copy()
+            for other in draft.placed:
+                if other is not placed:
+                    loads.add_chunk(other.sequence.home, other.tokens, other.prefix)
+            home, prefix = placed.sequence.home, placed.prefix
+            in_group = draft.loads.tokens(home, prefix) - placed.tokens
+            most = self._most(placed.sequence, in_group)
+            tokens = loads.largest_chunk(home, prefix, draft.budget_s, most)
+            if tokens > placed.tokens:
+                tokens = self._with_pages(draft, placed.sequence, tokens, placed.tokens)
+                placed.tokens = max(placed.tokens, tokens)
+            loads.add_chunk(home, placed.tokens, prefix)
+            draft.loads = loads
+            return
+
+
+def _first(items: Iterator[int], count: int) -> Iterator[int]:
+    """At most `count` items; draws no further."""
+    for _ in range(count):
+        item = next(items, None)
+        if item is None:
+            return
+        yield item

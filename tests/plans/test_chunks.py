@@ -1,0 +1,109 @@
+"""The chunk schedule covers every prompt, and W(n) is the stage recursion over it."""
+
+import msgspec
+import pytest
+from builders import chunk_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import schedules, step_times, tiny_step_time
+
+from plans.chunks import WorkTable, chunk_at, split_prompt
+from plans.steptime import StepTime
+
+SHARDS = st.integers(16, 1500)
+LENGTHS = st.integers(1, 4000)
+
+
+@st.composite
+def work(draw: st.DrawFn) -> tuple[tuple, StepTime, int]:
+    """Rows, step times and a shard size."""
+    time, shard = draw(step_times()), draw(SHARDS)
+    return chunk_rows(draw(schedules()), time, shard), time, shard
+
+
+def simulated_s(rows, time: StepTime, shard: int, tokens: int) -> float:
+    """First token of a lone prompt, event by event: chunks in a queue before each stage."""
+    ready = [(0.0, chunk, prefix) for chunk, prefix in split_prompt(rows, tokens, shard)]
+    for stage in range(time.stages):
+        clock, done = 0.0, []
+        for arrival, chunk, prefix in ready:
+            groups = prefix // shard + 1
+            pace = time.stage_s(stage, [(chunk, prefix % shard)], kvp_groups=groups)
+            if (
+                groups > 1
+            ):  # an older group reads a whole shard instead, and sets the pace if slower
+                longer = older(time, chunk, shard) - causal(time, chunk, prefix % shard)
+                pace += time.stage_layers[stage] * max(longer, 0.0)
+            clock = max(clock, arrival) + pace
+            done.append((clock, chunk, prefix))
+        ready = done
+    return ready[-1][0]
+
+
+def causal(time: StepTime, chunk: int, prefix: int) -> float:
+    """Attention of one layer of a chunk behind a prefix."""
+    pairs = sum(prefix + each for each in range(1, chunk + 1))
+    return max(pairs * time.pair_s, (prefix + chunk) * time.key_s)
+
+
+def older(time: StepTime, chunk: int, shard: int) -> float:
+    """Attention of one layer of a chunk over a whole shard."""
+    return max(chunk * shard * time.pair_s, shard * time.key_s)
+
+
+@given(rows=schedules(), tokens=LENGTHS, shard=SHARDS)
+def test_split_covers_the_prompt_and_crosses_no_edge(rows, tokens, shard):
+    table = chunk_rows(rows, tiny_step_time(), shard)
+    at = 0
+    for chunk, prefix in split_prompt(table, tokens, shard):
+        assert prefix == at
+        assert 1 <= chunk <= chunk_at(table, prefix)
+        at += chunk
+        assert prefix // shard == (at - 1) // shard
+        for row in table:
+            assert not prefix < row.until_tokens < at
+    assert at == tokens
+
+
+@given(rows=schedules(), prefix=st.integers(0, 5000))
+def test_chunk_size_is_that_of_the_first_row_beyond_the_prefix(rows, prefix):
+    table = chunk_rows(rows, tiny_step_time(), 64)
+    expected = next((chunk for until, chunk in rows if prefix < until), rows[-1][1])
+    assert chunk_at(table, prefix) == expected
+
+
+@given(work=work(), tokens=LENGTHS)
+def test_work_equals_a_simulation_of_the_stages(work, tokens):
+    rows, time, shard = work
+    # the two sum the same terms in another order: at most some 1e4 roundings of 2**-53
+    expected = simulated_s(rows, time, shard, tokens)
+    assert WorkTable(*work).solo_s(tokens) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@given(work=work(), lengths=st.lists(LENGTHS, min_size=2, max_size=8))
+def test_work_rises_with_the_prompt_and_does_not_depend_on_what_was_asked_before(work, lengths):
+    table = WorkTable(*work)
+    asked = {tokens: table.solo_s(tokens) for tokens in lengths}
+    ordered = [asked[tokens] for tokens in sorted(asked)]
+    assert ordered == sorted(ordered)
+    assert [WorkTable(*work).solo_s(tokens) for tokens in sorted(asked)] == ordered
+    assert table.solo_s(0) == 0.0
+
+
+@given(work=work(), tokens=LENGTHS, data=st.data())
+def test_remaining_work_falls_from_all_to_nothing(work, tokens, data):
+    table = WorkTable(*work)
+    done = data.draw(st.integers(0, tokens))
+    assert table.remaining_s(tokens, 0) == table.solo_s(tokens)
+    assert 0.0 <= table.remaining_s(tokens, done) <= table.solo_s(tokens)
+    assert table.remaining_s(tokens, tokens) == 0.0
+
+
+def test_two_equal_stages_overlap_the_chunks_of_one_prompt():
+    # no attention and a flat table: each of m chunks takes 1 s on each of 2 stages, m + 1 s in all
+    time = msgspec.structs.replace(
+        tiny_step_time(), stage_layers=(1, 1), overhead_s=1.0, matmul=(), head=()
+    )
+    time = msgspec.structs.replace(time, pair_s=0.0, key_s=0.0)
+    rows = chunk_rows(((1000, 10),), time, 1000)
+    assert WorkTable(rows, time, 1000).solo_s(50) == 6.0

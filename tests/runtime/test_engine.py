@@ -1,0 +1,198 @@
+"""The engine loop over the simulated executor: every policy, stages, groups, memory pressure."""
+
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runtime_audit import Audit
+from strategies import make_plan, tiny_step_time
+
+from plans.check import check_plan
+from plans.errors import Refused
+from plans.mesh import Parallelism
+from plans.plan import Plan
+from runtime.clock import VirtualClock
+from runtime.engine import Engine
+from runtime.executor.simulated import SimulatedExecutor
+from runtime.request import Request
+from runtime.scheduler import POLICIES, load_policy
+
+
+def sim_plan(
+    *, spp: int = 1, kvp: int = 1, spare_pages: int = 64, sequences: int = 16, **changes: object
+) -> Plan:
+    plan = make_plan(
+        parallelism=Parallelism(spp=spp, kvp=kvp),
+        step_time=tiny_step_time(hop_latency_s=1e-5, merge_latency_s=1e-5, margin=0.1),
+        spare_pages=spare_pages,
+        **changes,
+    )
+    limits = msgspec.structs.replace(plan.limits, sequences=sequences)
+    return msgspec.structs.replace(plan, limits=limits)
+
+
+@dataclass
+class Run:
+    """One simulated run, audited."""
+
+    plan: Plan
+    policy: str = "lars"
+    audit: Audit = field(init=False)
+    clock: VirtualClock = field(default_factory=VirtualClock)
+
+    def __post_init__(self) -> None:
+        scheduling = load_policy(self.policy, self.plan.scheduler)
+        self.audit = Audit(self.plan, chunk_tokens=scheduling.chunk_tokens)
+        self.engine = Engine(
+            self.plan,
+            SimulatedExecutor(self.plan, self.clock),
+            self.clock,
+            scheduling,
+            observer=self.audit,
+        )
+
+    def drain(self, most_ticks: int = 100_000) -> None:
+        for _ in range(most_ticks):
+            if not self.engine.tick():
+                break
+        else:
+            pytest.fail("does not drain")
+        self.engine.book.check_integrity()
+        assert self.engine.book.pools.used_share() == 0.0
+        assert not self.engine.book.sequences
+
+
+@st.composite
+def requests(draw: st.DrawFn, *, context: int = 1024, most: int = 12) -> list[Request]:
+    arrivals = sorted(draw(st.lists(st.floats(0, 0.2), min_size=1, max_size=most)))
+    found = []
+    for number, arrival_s in enumerate(arrivals):
+        prompt = draw(st.one_of(st.integers(1, 40), st.integers(1, context - 1)))
+        found.append(
+            Request(
+                number=number,
+                arrival_s=arrival_s,
+                prompt_tokens=prompt,
+                max_tokens=draw(st.integers(1, min(60, context - prompt))),
+                ttft_target_s=draw(st.none() | st.floats(0.001, 1)),
+                tbt_target_s=draw(st.none() | st.floats(0.001, 0.2)),
+            )
+        )
+    return found
+
+
+@st.composite
+def sim_plans(draw: st.DrawFn) -> Plan:
+    return sim_plan(
+        spp=draw(st.integers(1, 4)),
+        kvp=draw(st.sampled_from([1, 1, 2, 3, 4])),
+        spare_pages=draw(st.sampled_from([0, 1, 3, 64])),
+        sequences=draw(st.sampled_from([1, 2, 5, 16])),
+    )
+
+
+SPECS = st.sampled_from([*POLICIES, "fcfs,chunk=40", "lars,chunk=7"])
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(plan=sim_plans(), work=requests(), policy=SPECS, data=st.data())
+def test_every_request_ends_and_no_step_breaks_an_invariant(
+    plan: Plan, work: list[Request], policy: str, data: st.DataObject
+) -> None:
+    check_plan(plan)
+    run = Run(plan, policy)
+    for request in work:
+        run.engine.add(request)
+    cancels = data.draw(st.dictionaries(st.integers(0, 60), st.integers(0, len(work)), max_size=4))
+    tick = 0
+    while run.engine.tick():
+        run.engine.book.check_integrity()
+        if tick in cancels:
+            run.engine.cancel(cancels[tick])
+            run.engine.book.check_integrity()
+        tick += 1
+        assert tick < 100_000, "does not drain"
+    run.drain()
+    ended = {record.request.number for record in run.engine.records}
+    never_arrived = set(cancels.values())
+    assert ended | never_arrived >= set(range(len(work)))
+    finished = [record for record in run.engine.records if record.reason == "length"]
+    assert {each.request.number for each in finished} >= set(range(len(work))) - never_arrived
+
+
+@settings(max_examples=25)
+@given(plan=sim_plans(), work=requests(), policy=SPECS)
+def test_the_same_input_gives_the_same_schedule(
+    plan: Plan, work: list[Request], policy: str
+) -> None:
+    seen = []
+    for _ in range(2):
+        run = Run(plan, policy)
+        for request in work:
+            run.engine.add(request)
+        run.drain()
+        seen.append(
+            [
+                (step.decodes.tolist(), step.chunks, step.pages, step.evicted, step.ended)
+                for step in run.audit.steps
+            ]
+        )
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("spp", "kvp"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 4)])
+def test_a_lone_request_takes_its_predicted_time(policy: str, spp: int, kvp: int) -> None:
+    plan = sim_plan(spp=spp, kvp=kvp)
+    run = Run(plan, policy)
+    run.engine.add(Request(number=0, arrival_s=0.25, prompt_tokens=1000, max_tokens=3))
+    run.drain()
+    (record,) = run.engine.records
+    assert record.ttft_s == pytest.approx(record.work_s, rel=1e-9)
+    assert record.work_s == pytest.approx(run.engine.book.work.solo_s(1000), rel=1e-12)
+
+
+def test_short_requests_overtake_a_long_prefill_under_lars_but_not_under_fcfs() -> None:
+    first_token_s = {}
+    for policy in ("lars", "fcfs"):
+        run = Run(sim_plan(), policy)
+        run.engine.add(Request(number=0, arrival_s=0.0, prompt_tokens=1000, max_tokens=2))
+        for number in range(1, 9):
+            run.engine.add(
+                Request(
+                    number=number,
+                    arrival_s=0.001,
+                    prompt_tokens=120,
+                    max_tokens=1,
+                    ttft_target_s=0.015,
+                )
+            )
+        run.drain()
+        first_token_s[policy] = {
+            record.request.number: record.first_token_s for record in run.engine.records
+        }
+    lars, fcfs = first_token_s["lars"], first_token_s["fcfs"]
+    shorts = range(1, 9)
+    assert max(lars[each] for each in shorts) < lars[0]
+    assert max(lars[each] for each in shorts) < max(fcfs[each] for each in shorts)
+    assert lars[0] > fcfs[0]
+
+
+def test_requests_over_the_context_limit_or_without_tokens_are_refused() -> None:
+    engine = Run(sim_plan()).engine
+    for prompt, new, text in [(1024, 1, "context limit of 1024"), (0, 1, "at least 1")]:
+        with pytest.raises(Refused, match=text):
+            engine.add(Request(number=0, arrival_s=0, prompt_tokens=prompt, max_tokens=new))
+
+
+def test_an_evicted_request_is_recomputed_and_never_exceeds_max_tokens() -> None:
+    run = Run(sim_plan(spare_pages=0))
+    for number in range(4):
+        run.engine.add(Request(number=number, arrival_s=0.0, prompt_tokens=250, max_tokens=300))
+    run.drain()
+    records = run.engine.records
+    assert sum(record.evictions for record in records) > 0, "the pool was meant to be too small"
+    assert all(record.generated == 300 for record in records)
+    assert sum(record.recomputed_tokens for record in records) > 0
