@@ -92,28 +92,25 @@ def _paths(stack: dict[str, Any]) -> list[str]:
 
 def _variable(node: fx.Node) -> str:
     """Name of a result: the residual stream, a norm of it, or what a projection is called."""
-    op = op_name(node)
-    first = node.args[0]
-    source = first.meta["name"] if isinstance(first, fx.Node) else ""
-    match op:
-        case "add" | "embedding":
-            return "residual_TD"
-        case "rms_norm" if node.meta["layer"] is None or source == "residual_TD":
-            return "normed_TD"
-        case "linear":
-            weight = node.args[1]
-            assert isinstance(weight, fx.Node), "linear reads a weight"
-            stem = str(weight.target).split(".")[-2].removesuffix("_proj")
-            return {"embed_tokens": "logits_TV", "lm_head": "logits_TV"}.get(stem, f"{stem}_TO")
-        case "split_heads":
-            stem = source.removesuffix("_TO")
-            return f"{stem}_T{'N' if stem == 'q' else 'K'}H"
-        case "attention":
-            return "out_TNH"
-        case "join_heads":
-            return "out_TO"
-        case _:
-            return source
+    op, first = op_name(node), node.args[0]
+    source = str(first.meta["name"]) if isinstance(first, fx.Node) else ""
+    fixed = {
+        "add": "residual_TD",
+        "attention": "out_TNH",
+        "embedding": "residual_TD",
+        "join_heads": "out_TO",
+        "mul": "mlp_TF",
+    }
+    if op == "rms_norm" and source == "residual_TD":
+        return "normed_TD"
+    if op == "linear":
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node), "linear reads a weight"
+        return f"{str(weight.target).split('.')[-2].removesuffix('_proj')}_TO"
+    if op == "split_heads":
+        stem = source.removesuffix("_TO")
+        return f"{stem}_T{'N' if stem == 'q' else 'K'}H"
+    return fixed.get(str(op), source)
 
 
 def _move_to_first_use(graph: fx.Graph) -> None:

@@ -75,8 +75,8 @@ def infer(node: fx.Node, tp: int) -> Value | tuple[Value, ...]:
     assert name is not None, f"{node.format_node()} calls nothing"
     if name in COLLECTIVES:
         return collectives.infer(name, args, tp)
-    result = load_spec(name).infer(*args)
-    return result
+    inferred: Value | tuple[Value, ...] = load_spec(name).infer(*args)
+    return inferred
 
 
 def call(
@@ -152,7 +152,8 @@ def verify(program: Program) -> None:
 def _verify_call(node: fx.Node, tp: int) -> None:
     name, text = op_name(node), node.format_node()
     if name is not None:
-        assert name in OPS and (name in KERNELS or name in COLLECTIVES), f"unknown op: {text}"
+        assert name in OPS, f"unknown op: {text}"
+        assert name in KERNELS or name in COLLECTIVES, f"nothing computes {name}: {text}"
         assert len(node.args) == len(OPS[name].inputs), f"arity of {name}: {text}"
         assert not node.kwargs, f"keywords: {text}"
     value = infer(node, tp)

@@ -7,6 +7,7 @@ the loop is by construction the straight-line program rolled up. The first layer
 """
 
 import operator
+import re
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -19,41 +20,59 @@ from plans.ops import Parameter
 from plans.plan import Plan
 
 WIDTH = 100
+HEADER = '''"""Stage {stage} of {stages}: layers {layers} of {model}, at tp {tp}, kvp {kvp}.
+
+T tokens of the step, R sampled rows, D hidden, N query heads, K KV heads, H head size, O outputs of
+a projection, F ffn, V vocabulary; inside, N, K, O, F and V are one rank's share.
+A step of {tokens} tokens has at most {mib:.1f} MiB of values alive.
+"""
+'''
 PLACEHOLDERS = ("token_ids_T", "positions_T", "slots_T", "sample_rows_R")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A statement; `{i}` stands for the number of its layer."""
+    """A statement: `{i}` stands for its layer, `{k}` for the layer's place in the stage's cache."""
 
     layer: int | None
     text: str
 
-    def expanded(self) -> str:
-        """The statement of this very layer."""
-        return self.text.replace("{i}", str(self.layer))
+    def alone(self, first: int) -> str:
+        """The statement of this very layer; `first` is the stage's first."""
+        if self.layer is None:
+            return self.text
+        return self.text.replace("{i}", f"{self.layer}").replace("{k}", f"{self.layer - first}")
+
+
+def _in_loop(text: str, first: int) -> str:
+    """The statement of layer i."""
+    text = re.sub(r'"[^"]*\{i\}[^"]*"', r"f\g<0>", text)
+    return text.replace("{k}", "i" if first == 0 else f"i - {first}")
 
 
 def stage_source(graph: fx.Graph, *, plan: Plan, stage: int, peak_bytes: int) -> str:
     """The module of one stage; `peak_bytes` goes into its docstring."""
     first, end = plan.stages[stage]
-    degrees = plan.parallelism
     rotary = any(node.target == INV_FREQ for node in graph.nodes)
     ops = {op for node in graph.nodes if (op := op_name(node)) and op not in COLLECTIVES}
     imports = [f"from .{op} import {op}" for op in sorted(ops)]
     body = _body(_statements(graph, first), first, end)
     if rotary:
         body.insert(0, "inv_freq_H2 = frequencies(inputs.positions_T.device)")
-    result = f"hidden_TD, layers {first} to {end - 1} done" if end < plan.model.layers else (
-        "logits_RV in fp32 over the whole vocabulary"
-    )  # fmt: skip
+    result = "logits_RV in fp32 over the whole vocabulary"
+    if end < plan.model.layers:
+        result = f"hidden_TD behind layer {end - 1}"
     parts = [
-        f'"""Stage {stage} of {len(plan.stages)}: layers {first} to {end - 1} of '
-        f"{plan.model.name}, at tp {degrees.tp}, kvp {degrees.kvp}.\n\n"
-        "T tokens of the step, R sampled rows, D hidden, N query heads, K KV heads, H head size,\n"
-        "O outputs of a projection, F ffn, V vocabulary; N, K, O, F and V are one rank's share.\n"
-        f"At {plan.scheduler.max_step_tokens} tokens at most {peak_bytes / 2**20:.1f} MiB of values"
-        f' are alive.\n"""\n',
+        HEADER.format(
+            stage=stage,
+            stages=len(plan.stages),
+            layers=f"{first} to {end - 1}",
+            model=plan.model.name,
+            tp=plan.parallelism.tp,
+            kvp=plan.parallelism.kvp,
+            tokens=plan.scheduler.max_step_tokens,
+            mib=peak_bytes / 2**20,
+        ),
         *(["import functools\n"] if rotary else []),
         "import torch\n",
         "\n".join(imports) + "\n",
@@ -72,96 +91,104 @@ def stage_source(graph: fx.Graph, *, plan: Plan, stage: int, peak_bytes: int) ->
 # --- statements -----------------------------------------------------------------------------------
 
 
+class _Names:
+    """Which variable holds which value, so that a name is used again once its value is dead."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.text: dict[fx.Node, str] = {}
+        """How each value is spelled."""
+        self.holds: dict[str, fx.Node] = {}
+        """What each variable holds, dead or alive."""
+        self._last_use = {each: node for node in graph.nodes for each in node.all_input_nodes}
+        self._dead: set[fx.Node] = set()
+
+    def use(self, node: fx.Node) -> None:
+        """Notes the values that a call is the last to read."""
+        self._dead |= {each for each in node.all_input_nodes if self._last_use[each] is node}
+
+    def bind(self, node: fx.Node) -> str:
+        """The variable of a new value: its wanted name, numbered if a live value has that."""
+        wanted = name = node.meta["name"]
+        number = 2
+        while name in self.holds and self.holds[name] not in self._dead:
+            name, number = f"{wanted}_{number}", number + 1
+        self.text[node], self.holds[name] = name, node
+        return str(name)
+
+    def unbind(self, nodes: tuple[fx.Node, ...]) -> list[str]:
+        """The variables that still hold these values, which are then gone."""
+        gone = sorted(self.text[node] for node in nodes if self.holds.get(self.text[node]) is node)
+        for name in gone:
+            del self.holds[name]
+        return gone
+
+
 def _statements(graph: fx.Graph, first: int) -> list[Line]:
     """The straight-line program."""
     lines: list[Line] = []
-    names: dict[fx.Node, str] = {}
-    bound: dict[str, fx.Node] = {}
+    names = _Names(graph)
     for node in graph.nodes:
         if node.op == "placeholder":
-            _bind_placeholder(node, names, bound, lines)
+            lines += _placeholder_lines(node, names)
         elif node.op == "output":
-            lines.append(Line(None, f"return {names[node.args[0]]}"))
+            lines.append(Line(None, f"return {names.text[node.args[0]]}"))
         elif node.op == "call_function" and node.target is not operator.getitem:
-            lines += _call_lines(node, names, bound, first)
+            lines += _call_lines(node, names, first)
     return lines
 
 
-def _bind_placeholder(
-    node: fx.Node, names: dict[fx.Node, str], bound: dict[str, fx.Node], lines: list[Line]
-) -> None:
+def _placeholder_lines(node: fx.Node, names: _Names) -> list[Line]:
     target = str(node.target)
-    if target in PLACEHOLDERS:
-        names[node] = f"inputs.{target}"
-    elif target == "hidden_TD":
-        names[node] = node.meta["name"]
-        bound[node.meta["name"]] = node
-        lines.append(Line(None, f"{names[node]} = inputs.hidden_TD"))
-    elif target == "inputs":
-        names[node] = target
+    if target == "hidden_TD":
+        return [Line(None, f"{names.bind(node)} = inputs.hidden_TD")]
+    if target == "inputs":
+        names.text[node] = target
+    elif target in PLACEHOLDERS:
+        names.text[node] = f"inputs.{target}"
     else:  # k_pages_3
-        side, layer = target.rsplit("_", 1)
-        names[node] = f"kv.{side}[{layer}]"
+        names.text[node] = f"kv.{target.rsplit('_', 1)[0]}[{{k}}]"
+    return []
 
 
-def _call_lines(
-    node: fx.Node, names: dict[fx.Node, str], bound: dict[str, fx.Node], first: int
-) -> list[Line]:
+def _call_lines(node: fx.Node, names: _Names, first: int) -> list[Line]:
     """The call, and a `del` of what it was the last to read and no new name covers."""
-    layer = node.meta["layer"]
-    op = op_name(node)
+    layer, op = node.meta["layer"], op_name(node)
     assert op is not None, f"{node} calls nothing"
-    args = [_argument(each, names, layer, first) for each in node.args]
-    freed = [names[each] for each in node.meta["frees"] if each in names]
-    for name in freed:
-        bound.pop(name, None)
+    args = [_argument(each, names, layer) for each in node.args]
+    names.use(node)
     results: list[fx.Node] = [node]
     index = ""
     if isinstance(node.meta["value"], tuple):
         results = sorted(node.users, key=lambda user: user.args[1])
+        for user in results:
+            names.use(user)
         if len(results) < len(node.meta["value"]):  # the others are dropped at once
             assert len(results) == 1, f"{node} has results between those used"
             index = f"[{results[0].args[1]}]"
-    assigned = []
-    for result in results:
-        name = _free_name(result.meta["name"], bound)
-        names[result], bound[name] = name, result
-        assigned.append(name)
+    assigned = ", ".join([names.bind(result) for result in results])
     function = f"comm.{op}" if op in COLLECTIVES else op
-    lines = [Line(layer, _wrapped(f"{', '.join(assigned)} = {function}(", args, f"){index}"))]
-    unbound = sorted({name for name in freed if name not in bound})
-    if unbound:
-        lines.append(Line(layer, f"del {', '.join(unbound)}"))
+    lines = [Line(layer, _wrapped(f"{assigned} = {function}(", args, f"){index}"))]
+    gone = names.unbind(node.meta["frees"])
+    if gone:
+        lines.append(Line(layer, f"del {', '.join(gone)}"))
     return lines
 
 
-def _free_name(wanted: str, bound: dict[str, fx.Node]) -> str:
-    """The wanted name, or one with a number if a value that is still read has it."""
-    name, number = wanted, 2
-    while name in bound:
-        name, number = f"{wanted}_{number}", number + 1
-    return name
-
-
-def _argument(arg: Any, names: dict[fx.Node, str], layer: int | None, first: int) -> str:
+def _argument(arg: Any, names: _Names, layer: int | None) -> str:
     if not isinstance(arg, fx.Node):
         return repr(arg)
-    if arg.op == "get_attr":
-        if arg.target == INV_FREQ:
-            return "inv_freq_H2"
-        name = str(arg.target).replace(f"layers.{layer}.", "layers.{i}.")
-        return f'weights[{"f" if "{i}" in name else ""}"{name}"]'
-    text = names[arg]
-    if layer is not None and text.startswith("kv."):
-        index = "{i}" if first == 0 else f"{{i}} - {first}"
-        return text.replace(f"[{layer - first}]", f"[{index}]")
-    return text
+    if arg.op != "get_attr":
+        return names.text[arg]
+    if arg.target == INV_FREQ:
+        return "inv_freq_H2"
+    name = str(arg.target).replace(f"layers.{layer}.", "layers.{i}.")
+    return f'weights["{name}"]'
 
 
-def _wrapped(head: str, args: list[str], tail: str, indent: int = 12) -> str:
+def _wrapped(head: str, args: list[str], tail: str) -> str:
     """A call on one line where it fits into the deepest block, else one argument a line."""
     line = f"{head}{', '.join(args)}{tail}"
-    if len(line) + indent <= WIDTH:
+    if len(line) + len(12 * " ") + len("f - 99") <= WIDTH:
         return line
     return "\n".join([head, *(f"    {arg}," for arg in args), tail])
 
@@ -172,24 +199,28 @@ def _wrapped(head: str, args: list[str], tail: str, indent: int = 12) -> str:
 def _body(lines: list[Line], first: int, end: int) -> list[str]:
     """The statements with equal layers rolled into a loop, or as they are where layers differ."""
     blocks = [[line.text for line in lines if line.layer == layer] for layer in range(first, end)]
-    before = [line.expanded() for line in _head(lines)]
-    after = [line.expanded() for line in lines[len(before) + sum(map(len, blocks)) :]]
+    straight = [line.alone(first) for line in lines]
     alike = len(blocks) > 1 and all(block == blocks[1] for block in blocks[2:])
     shared = _common_end(blocks[0], blocks[1]) if alike else 0
     if not alike or 2 * shared < len(blocks[1]):
-        return [line.expanded().replace('f"', '"') for line in lines]
-    loop = [text.replace("{i}", "i") if "kv." in text else text for text in blocks[1]]
-    opening, rest = loop[: len(loop) - shared], loop[len(loop) - shared :]
-    start = blocks[0][: len(blocks[0]) - shared]
-    if start or opening:
-        rest = [f"if i == {first}:", *_indented(start), *(["else:", *_indented(opening)] if opening else []), *rest]
-    return [*before, f"for i in range({first}, {end}):", *_indented(rest), *after]
-
-
-def _head(lines: list[Line]) -> list[Line]:
-    """Lines before the first layer."""
-    count = next((at for at, line in enumerate(lines) if line.layer is not None), len(lines))
-    return lines[:count]
+        return straight
+    start = next(at for at, line in enumerate(lines) if line.layer is not None)
+    count = sum(map(len, blocks))
+    assert all(line.layer is not None for line in lines[start : start + count]), "layers in a row"
+    loop = [_in_loop(text, first) for text in blocks[1]]
+    opening, shared_lines = loop[: len(loop) - shared], loop[len(loop) - shared :]
+    other = [_in_loop(text, first) for text in blocks[0][: len(blocks[0]) - shared]]
+    inner = shared_lines
+    if other or opening:
+        inner = [f"if i == {first}:", *_indented(other or ["pass"]), *inner]
+        if opening:
+            inner[1 + max(len(other), 1) : 1 + max(len(other), 1)] = ["else:", *_indented(opening)]
+    return [
+        *straight[:start],
+        f"for i in range({first}, {end}):",
+        *_indented(inner),
+        *straight[start + count :],
+    ]
 
 
 def _common_end(left: list[str], right: list[str]) -> int:
@@ -223,6 +254,29 @@ def _parameters(graph: fx.Graph, first: int, end: int) -> str:
         inner = _indented(_indented(blocks[0]))
         rows += ["*(", "    parameter", f"    for i in range({first}, {end})", "    for parameter in (",
                  *inner, "    )", "),"]  # fmt: skip
+    else:
+        rows += [_parameter(each, None) for layer, each in found.values() if layer is not None]
+    return "\n".join(["PARAMETERS = (", *_indented(rows), ")\n"])
+
+
+def _parameter(parameter: Parameter, layer: int | None) -> str:
+    """One row; inside a loop over layers names are format strings over i."""
+    mark = f"layers.{layer}."
+
+    def named(name: str) -> str:
+        prefix = "f" if mark in name else ""
+        return f'{prefix}"{name.replace(mark, "layers.{i}.")}"'
+
+    rows = [
+        "{",
+        f'    "name": {named(parameter.name)},',
+        f'    "shape": {parameter.shape!r},',
+        f'    "dtype": "{parameter.dtype}",',
+        '    "sources": (',
+    ]
+    for source in parameter.sources:
+        head = ["*(", "    parameter", f"    for i in range({first}, {end})"]
+        rows += [*head, "    for parameter in (", *inner, "    )", "),"]
     else:
         rows += [_parameter(each, None) for layer, each in found.values() if layer is not None]
     return "\n".join(["PARAMETERS = (", *_indented(rows), ")\n"])

@@ -248,13 +248,13 @@ def _explain_failure(
 def _bigger_machines(device: "Device", gpus: int, node_type: Path | None) -> Iterator["Topology"]:
     from planner.catalog import topology_for
 
-    count = 1 << gpus.bit_length()
-    while count <= MOST_GPUS:
-        try:
-            yield topology_for(device, count, node_type)
-        except UsageError:  # the user's machine ends here
-            return
-        count *= 2
+    for power in range(1, MOST_GPUS.bit_length()):
+        for count in (1 << power, 3 << (power - 1)):  # 16, 24, 32, 48: whole nodes of 8
+            if count > gpus and count not in {3, 6, 12}:
+                try:
+                    yield topology_for(device, count, node_type)
+                except UsageError:  # the user's machine ends here
+                    return
 
 
 def _evaluate(path: Path, prompt_tokens: str | None, format_: str) -> None:

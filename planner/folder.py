@@ -20,6 +20,7 @@ from plans.plan import Plan
 PLAN_FILE = "plan.yaml"
 COLUMNS = (
     "rank",
+    "candidate",
     "tp",
     "spp",
     "kvp",
@@ -101,6 +102,7 @@ def alternatives_csv(found: Found) -> bytes:
         writer.writerow(
             (
                 rank,
+                each.candidate.label,
                 *(p.tp, p.spp, p.kvp, p.replicas, p.idle),
                 *(f"{number:.6g}" for number in numbers),
                 each.capacity.bound_by,
@@ -112,8 +114,8 @@ def alternatives_csv(found: Found) -> bytes:
             )
         )
     for row in found.ledger:
-        blank = [""] * (COLUMNS.index("status") - 1)
-        writer.writerow((row.label, *blank, "rejected", row.constraint, row.need, row.have))
+        blank = [""] * (COLUMNS.index("status") - 2)
+        writer.writerow(("", row.label, *blank, "rejected", row.constraint, row.need, row.have))
     return text.getvalue().encode()
 
 

@@ -28,7 +28,7 @@ RANDOM, NONE = "random", "none"
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -65,9 +65,13 @@ def run(
         raise UsageError(f"--out {out}: the folder {out.absolute().parent} does not exist")
     reader = _tokenizer(tokenizer, weights, plan.model.vocab)
     jobs = read_jobs(requests, plan, reader)
-    with _progress(plan.name, quiet=quiet) as show:
-        offline = OfflineRun(jobs, reader, on_progress=show)
-        results = _generate(loaded, weights, seed, offline, scheduling)
+    try:
+        with _progress(plan.name, quiet=quiet) as show:
+            offline = OfflineRun(jobs, reader, on_progress=show)
+            results = _generate(loaded, weights, seed, offline, scheduling)
+    except KeyboardInterrupt:
+        print("interrupted; no results were written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     if out is not None:
         write_results(out, results)
     else:
@@ -197,16 +201,9 @@ def _seconds(value: float) -> str:
 
 
 def main() -> None:
-    """Runs the command; exit statuses as for every command, 130 after Ctrl-C."""
+    """Runs the command and turns the user's errors into their exit status."""
     try:
-        app(standalone_mode=True)
+        app()
     except MedhaError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_status) from None
-    except KeyboardInterrupt:
-        print("interrupted; no results were written", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-
-
-if __name__ == "__main__":
-    main()

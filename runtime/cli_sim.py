@@ -4,8 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
 
     from plans.plan import Plan
     from runtime.arrivals import Load, Offered
-    from runtime.metrics import ClassSummary, Spread, Summary
+    from runtime.cli_sim_tables import Served
+    from runtime.metrics import Summary
     from runtime.simulate import Run
     from runtime.timeline import Recorder
 
@@ -25,21 +25,11 @@ SHARE_OF_CAPACITY = 0.7
 REFRESH_S = 0.1
 """Real seconds between two updates of the progress bar."""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class Served(NamedTuple):
-    """One policy under one seed."""
-
-    policy: str
-    seed: int
-    offered: "Offered"
-    run: "Run"
-    summary: "Summary"
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
-def simulate_plan(
+def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     bundle: Annotated[
         Path, typer.Argument(metavar="BUNDLE|PLAN.yaml", help="Folder of medha-plan, or a plan.")
     ],
@@ -105,6 +95,8 @@ def simulate_plan(
     """Serve requests in virtual time, by the plan's own step times, without any GPU."""
     from plans.check import load_plan
     from runtime.arrivals import Load, offer
+    from runtime.cli_sim_tables import Served, print_tables
+    from runtime.simulate import simulate
 
     plan = load_plan(bundle / "plan.yaml" if bundle.is_dir() else bundle)
     policies = list(dict.fromkeys(policy or [plan.scheduler.policy]))
@@ -121,11 +113,14 @@ def simulate_plan(
             offered = offer(source, load, context_tokens=plan.limits.context_tokens)
             for name in policies:
                 label = f"{name}, seed {each}" if seeds > 1 else name
-                run = _simulate(
-                    plan, offered, name, progress, label, recorders if timeline else None
-                )
+                watch = _Watch(progress, label, offered, plan, keep=timeline is not None)
+                run = simulate(plan, offered.requests, name, observe=watch.replica)
+                watch.done(run)
+                recorders += watch.recorders
                 summary = _summary(plan, offered, run, name)
-                served.append(Served(name, each, offered, run, summary))
+                served.append(
+                    Served(policy=name, seed=each, offered=offered, run=run, summary=summary)
+                )
     if timeline is not None:
         from runtime.timeline import write_timeline
 
@@ -138,7 +133,7 @@ def simulate_plan(
             print(text)
             return
         _write(Path(json), lambda path: path.write_text(text + "\n"))
-    _print_tables(plan, load, served)
+    print_tables(plan, load, served)
 
 
 def _check_flags(
@@ -194,14 +189,47 @@ def _progress() -> "Progress":
     )
 
 
-class _Watcher:
-    """Engine observer that moves the progress bar and passes everything on to a recorder."""
+class _Watch:
+    """The progress bar of one run, and the recorders of its replicas where a timeline is wanted."""
 
-    def __init__(self, progress: "Progress", task: Any, recorder: "Recorder | None") -> None:
+    def __init__(
+        self, progress: "Progress", label: str, offered: "Offered", plan: "Plan", *, keep: bool
+    ) -> None:
+        self.recorders: list[Recorder] = []
         self._progress = progress
-        self._task = task
+        self._stages = plan.parallelism.spp
+        self._keep = keep
+        total = len(offered.requests)
+        self._task = progress.add_task(label, total=total, virtual="0 virtual s")
+
+    def replica(self, replica: int) -> "_Watcher":
+        """The observer of one replica."""
+        from runtime.timeline import Recorder
+
+        recorder = Recorder(stages=self._stages, replica=replica) if self._keep else None
+        if recorder is not None:
+            self.recorders.append(recorder)
+        return _Watcher(self, recorder)
+
+    def show(self, ended: int, now_s: float) -> None:
+        """Moves the bar by the requests that ended."""
+        self._progress.advance(self._task, ended)
+        self._progress.update(self._task, virtual=f"{now_s:.0f} virtual s")
+
+    def done(self, run: "Run") -> None:
+        """Fills the bar."""
+        end_s = max((record.finished_s for record in run.records), default=0.0)
+        self._progress.update(self._task, completed=len(run.records))
+        self.show(0, end_s)
+
+
+class _Watcher:
+    """Engine observer that moves the bar now and then and passes everything on to a recorder."""
+
+    def __init__(self, watch: _Watch, recorder: "Recorder | None") -> None:
+        self._watch = watch
         self._recorder = recorder
-        self._finished = 0
+        self._ended = 0
         self._shown_s = 0.0
 
     def arrived(self, sequence: Any, now_s: float) -> None:
@@ -214,7 +242,8 @@ class _Watcher:
         wall_s = time.monotonic()
         if wall_s - self._shown_s >= REFRESH_S:
             self._shown_s = wall_s
-            self.show(now_s)
+            self._watch.show(self._ended, now_s)
+            self._ended = 0
 
     def collected(self, result: Any) -> None:
         """For the recorder."""
@@ -223,44 +252,9 @@ class _Watcher:
 
     def ended(self, record: Any, now_s: float) -> None:
         """One more."""
-        self._finished += 1
+        self._ended += 1
         if self._recorder is not None:
             self._recorder.ended(record, now_s)
-
-    def show(self, now_s: float) -> None:
-        """Moves the bar."""
-        self._progress.advance(self._task, self._finished)
-        self._progress.update(self._task, virtual=f"{now_s:.0f} virtual s")
-        self._finished = 0
-
-
-def _simulate(
-    plan: "Plan",
-    offered: "Offered",
-    policy: str,
-    progress: "Progress",
-    label: str,
-    recorders: "list[Recorder] | None",
-) -> "Run":
-    from runtime.simulate import simulate
-    from runtime.timeline import Recorder
-
-    task = progress.add_task(label, total=len(offered.requests), virtual="0 virtual s")
-    watchers: list[_Watcher] = []
-
-    def observe(replica: int) -> _Watcher:
-        recorder = None
-        if recorders is not None:
-            recorder = Recorder(stages=plan.parallelism.spp, replica=replica)
-            recorders.append(recorder)
-        watchers.append(_Watcher(progress, task, recorder))
-        return watchers[-1]
-
-    run = simulate(plan, offered.requests, policy, observe=observe)
-    end_s = max((record.finished_s for record in run.records), default=0.0)
-    for watcher in watchers:
-        watcher.show(end_s)
-    return run
 
 
 def _summary(plan: "Plan", offered: "Offered", run: "Run", policy: str) -> "Summary":
@@ -281,7 +275,7 @@ def _summary(plan: "Plan", offered: "Offered", run: "Run", policy: str) -> "Summ
 # --- results ------------------------------------------------------------------------------------
 
 
-def _json(plan: "Plan", load: "Load", served: list[Served]) -> str:
+def _json(plan: "Plan", load: "Load", served: "list[Served]") -> str:
     """The summary of the one run; with several, `runs` holds one for each policy and seed."""
     import msgspec
 
@@ -304,7 +298,7 @@ def _json(plan: "Plan", load: "Load", served: list[Served]) -> str:
     return to_json({**about, **runs[0]} if len(runs) == 1 else {**about, "runs": runs})
 
 
-def _plot(path: Path, plan: "Plan", served: list[Served]) -> None:
+def _plot(path: Path, plan: "Plan", served: "list[Served]") -> None:
     import math
 
     import numpy as np
@@ -326,126 +320,6 @@ def _plot(path: Path, plan: "Plan", served: list[Served]) -> None:
                 classes.setdefault(name, {})[policy] = np.array(samples)
     title = f"{plan.name}, {served[0].offered.source} (simulated)"
     _write(path, lambda to: draw_ttft(to, classes, title=title))
-
-
-def _print_tables(plan: "Plan", load: "Load", served: list[Served]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    offered = served[0].offered
-    last_s = offered.requests[-1].arrival_s
-    rate = f", {load.qps:g} requests/s" if load.qps is not None else ""
-    console.print(
-        f"[bold]{plan.name}[/]: {len(offered.requests)} requests of {offered.source} in"
-        f" {last_s:.0f} s ({offered.arrivals}{rate}, seed {served[0].seed}), in virtual time",
-        highlight=False,
-    )
-    for note in offered.notes:
-        console.print(f"  {note}", style="dim", highlight=False)
-    policies = list(dict.fromkeys(each.policy for each in served))
-    names = ["short", "long"] if any(_class(each, "long").requests for each in served) else ["all"]
-    for name in names:
-        table = Table(title=_title(name, plan), title_justify="left")
-        table.add_column("")
-        for policy in policies:
-            table.add_column(policy, justify="right")
-        for label, read in _class_rows():
-            table.add_row(
-                label,
-                *(
-                    _cell([read(_class(each, name)) for each in served if each.policy == policy])
-                    for policy in policies
-                ),
-            )
-        console.print(table)
-    table = Table(title="all together", title_justify="left")
-    table.add_column("")
-    for policy in policies:
-        table.add_column(policy, justify="right")
-    for label, show in _run_rows():
-        table.add_row(
-            label,
-            *(
-                _cell([show(each.summary) for each in served if each.policy == policy])
-                for policy in policies
-            ),
-        )
-    console.print(table)
-    if len({each.seed for each in served}) > 1:
-        console.print("median over seeds (least to most)", style="dim")
-
-
-def _class(served: Served, name: str) -> "ClassSummary":
-    return served.summary.classes[name]
-
-
-def _title(name: str, plan: "Plan") -> str:
-    limit = f"{plan.scheduler.long_tokens:,} prompt tokens"
-    return {"short": f"short: below {limit}", "long": f"long: from {limit} on"}.get(name, name)
-
-
-Cell = tuple[float | None, str]
-"""A figure and its format: `count`, `share`, `s` or `rate`."""
-
-
-def _class_rows() -> "list[tuple[str, Callable[[ClassSummary], Cell]]]":
-    def of(quantity: str, field: str) -> "Callable[[ClassSummary], Cell]":
-        def read(summary: "ClassSummary") -> Cell:
-            spread: Spread = getattr(summary, quantity)
-            return getattr(spread, field), "s"
-
-        return read
-
-    return [
-        ("requests", lambda each: (each.requests, "count")),
-        ("finished", lambda each: (each.finished, "count")),
-        *[
-            (f"{label} {field}", of(quantity, field))
-            for label, quantity, fields in (
-                ("TTFT", "ttft_s", ("p50", "p90", "p99", "max")),
-                ("TBT", "tbt_s", ("p50", "p99", "max")),
-                ("end to end", "e2e_s", ("p50", "p99")),
-            )
-            for field in fields
-        ],
-        ("met their SLO", lambda each: (each.slo_attainment, "share")),
-    ]
-
-
-def _run_rows() -> "list[tuple[str, Callable[[Summary], Cell]]]":
-    return [
-        ("goodput, requests/s", lambda each: (each.goodput_rps, "rate")),
-        ("output tokens/s", lambda each: (each.output_tokens_per_s, "rate")),
-        ("makespan", lambda each: (each.makespan_s, "s")),
-        ("evictions", lambda each: (each.evictions, "count")),
-        ("recomputed tokens", lambda each: (each.recomputed_tokens, "count")),
-        ("simulated in", lambda each: (each.wall_s, "s")),
-    ]
-
-
-def _cell(cells: list[Cell]) -> str:
-    """The median over seeds, and where there are several, the least and the most."""
-    values = [value for value, _ in cells if value is not None]
-    kind = cells[0][1]
-    if not values:
-        return "-"
-    shown = _show(median(values), kind)
-    if len(values) > 1:
-        shown += f" ({_show(min(values), kind)} to {_show(max(values), kind)})"
-    return shown
-
-
-def _show(value: float, kind: str) -> str:
-    if value == float("inf"):
-        return "never"
-    if kind == "count":
-        return f"{value:,.0f}"
-    if kind == "share":
-        return f"{value:.1%}"
-    if kind == "s":
-        return f"{value * 1000:.1f} ms" if value < 1 else f"{value:,.2f} s"
-    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def main() -> None:

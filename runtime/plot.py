@@ -1,4 +1,4 @@
-"""Draws the TTFT distribution of each class, a line a policy; the format follows the file's suffix."""
+"""Draws the TTFT distribution of each class, a line a policy; the suffix of the file decides."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -31,9 +31,8 @@ PARAMETERS = ()
 
 
 def forward(weights, inputs, kv, comm):
-    keys = kv.k_pages[0][..., 0, 0].flatten()
+    keys = kv.k_pages[0][..., 0, 0].view(-1)
     keys[inputs.slots_T] = inputs.token_ids_T.to(keys.dtype)
-    kv.v_pages[0][..., 0, 0].flatten()
     logits_RV = torch.zeros(len(inputs.sample_rows_R), 97)
     starts = inputs.query_starts_B1.tolist()
     for at, row in enumerate(inputs.sample_rows_R.tolist()):

@@ -24,6 +24,8 @@ class Seen:
     computed: int = 0
     """Tokens computed, recomputed ones counted again."""
     lost: int = 0
+    recomputes: bool = False
+    """Evicted and not yet sampled again."""
     pages: dict[int, list[int]] = field(default_factory=dict)
     home: int | None = None
 
@@ -58,6 +60,7 @@ class Audit:
                 assert seen.in_flight == 0, "evicted in flight"
                 seen.lost += seen.cursor
                 seen.cursor, seen.pages, seen.home = 0, {}, None
+                seen.recomputes = True
         for new in step.pages:
             self.live[new.request].pages.setdefault(new.shard, []).extend(new.pages)
         limit_s = self._limit_s()
@@ -120,11 +123,7 @@ class Audit:
     def _limit_s(self) -> float:
         """The most that the step may be predicted to take, margin included."""
         config = self.plan.scheduler
-        running = [
-            seen
-            for seen in self.live.values()
-            if seen.sampled and seen.cursor >= seen.prompt_tokens + seen.sampled - 1
-        ]
+        running = [seen for seen in self.live.values() if seen.sampled and not seen.recomputes]
         if all(seen.own_tbt for seen in running):
             return config.idle_budget_s
         return config.step_budget_s
@@ -172,6 +171,7 @@ class Audit:
         for number in sampling:
             if number in self.live:
                 self.live[number].sampled += 1
+                self.live[number].recomputes = False
 
     def ended(self, record: Record, now_s: float) -> None:
         number = record.request.number

@@ -107,7 +107,7 @@ def models(draw: st.DrawFn) -> Model:
 
 @st.composite
 def worlds(draw: st.DrawFn, **changes: Any) -> World:
-    """Up to 8 devices on up to 3 nodes; memory and bandwidth such that every constraint binds at times."""
+    """Up to 8 devices on up to 3 nodes, so small that every constraint binds at times."""
     device = tiny_device(
         memory_bytes=draw(st.integers(24, 80)) * MEBIBYTE,
         memory_bandwidth_bytes_per_s=draw(st.sampled_from((1e9, 1e10))),

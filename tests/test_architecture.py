@@ -89,7 +89,14 @@ ZONES = {
     "medha-tune": Zone(
         modules=("planner.cli_tune",), zones=("codegen", "planner", "plans"), third_party=COMMAND
     ),
-    "medha-sim": Zone(modules=("runtime.cli_sim",), zones=("core", "plans"), third_party=COMMAND),
+    "plot": Zone(
+        modules=("runtime.plot",), zones=("core", "plans"), third_party=("matplotlib", "numpy")
+    ),
+    "medha-sim": Zone(
+        modules=("runtime.cli_sim", "runtime.cli_sim_tables"),
+        zones=("core", "plans", "plot"),
+        third_party=(*COMMAND, "msgspec", "numpy"),
+    ),
     "medha-run": Zone(
         modules=("runtime.cli_run",), zones=("core", "live", "plans"), third_party=COMMAND
     ),
@@ -100,7 +107,7 @@ ZONES = {
     ),
 }
 
-TORCH_FREE = ("core", "medha-plan", "medha-sim", "planner", "plans", "report")
+TORCH_FREE = ("core", "medha-plan", "medha-sim", "planner", "plans", "plot", "report")
 # Allowed inside functions only: each costs a good part of a second, and few calls need it.
 LATE = ("matplotlib", "networkx")
 # What a command may not have loaded when it has printed its help.

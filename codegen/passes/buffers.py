@@ -74,7 +74,9 @@ def _plan_graph(graph: fx.Graph, sizes: dict[str, int]) -> tuple[int, int]:
             value.storage_bytes(sizes) for value in _kept(node) if isinstance(value, Value)
         )
         live += made - unused
-        live -= sum(each.meta["value"].storage_bytes(sizes) for each in frees if storage(each) is each)
+        live -= sum(
+            each.meta["value"].storage_bytes(sizes) for each in frees if storage(each) is each
+        )
         changed += node.meta.get("frees") != frees
         node.meta["frees"] = frees
     return changed, peak

@@ -3,8 +3,8 @@
 Requires  shapes in node.meta (capture.py); before page_attention, so that only ops of the model
           stand between a projection and its users
 Ensures   no two linears read one value; no mul takes a silu of the same projection's other half; no
-          rms_norm takes an add. The numbers are those of the ops apart: joined weights give the same
-          dot products, and each fused reference is its parts in sequence
+          rms_norm takes an add. The numbers are those of the ops apart: joined weights give the
+          same dot products, and each fused reference is its parts in sequence
 """
 
 import operator
@@ -132,13 +132,14 @@ def _fuse_residual_norm(graph: fx.Graph) -> int:
         if not isinstance(total, fx.Node) or op_name(total) != "add":
             continue
         x, residual = total.args
-        with graph.inserting_before(norm):
+        # behind the norm, which goes before the sum's other users are turned to the new sum
+        with graph.inserting_before(norm.next):
             fused = call(graph, "add_rms_norm", x, residual, weight, eps, like=norm, name="both")
             normed = item(graph, fused, 0, norm.meta["name"])
             norm.replace_all_uses_with(normed)
-            if len(total.users) > 1:
-                added = item(graph, fused, 1, total.meta["name"])
-                total.replace_all_uses_with(added, delete_user_cb=lambda user: user is not norm)
+            graph.erase_node(norm)
+            if total.users:
+                total.replace_all_uses_with(item(graph, fused, 1, total.meta["name"]))
         matches += 1
         erase_unused(graph)
     return matches

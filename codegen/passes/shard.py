@@ -1,11 +1,11 @@
 """Tensor parallelism: each rank holds a share of every matrix (arXiv 1909.08053).
 
 Requires  graphs with whole weights, projections not yet fused
-Ensures   with tp > 1: matrices that read the residual stream are split by rows of the weight (heads,
-          ffn columns, vocabulary), those that read a split value by columns, behind which an
+Ensures   with tp > 1: matrices that read the residual stream are split by rows of the weight
+          (heads, ffn, vocabulary), those that read a split value by columns, behind which an
           all_reduce adds the shares up; KV heads that do not suffice are held by several ranks; the
           embedding and the head are split by vocabulary where tp divides it. All of it follows from
-          which values are split, not from names. With tp 1 nothing changes.
+          which values are split, not from names. With tp 1 nothing changes
 """
 
 from torch import fx
@@ -14,6 +14,9 @@ from codegen.graph import Program, call, infer_again, op_name, value_of
 from codegen.kernels.base import Value
 from plans.ops import Parameter, Source
 from plans.plan import Plan
+
+WHOLE = (None, "all_gather", "all_reduce")
+"""What yields whole values from split ones; None is the output."""
 
 
 def shard(program: Program, plan: Plan) -> int:
@@ -33,10 +36,9 @@ def _shard_graph(graph: fx.Graph, tp: int) -> int:
             matches += _shard_embedding(graph, node, tp)
         elif op == "linear":
             matches += _shard_linear(graph, node, tp, split)
-        elif op not in (None, "all_reduce", "all_gather"):
-            if any(each in split for each in node.all_input_nodes):
-                assert op not in ("add", "select_rows", "to_fp32"), f"{op} of a split value"
-                split.add(node)
+        elif op not in WHOLE and any(each in split for each in node.all_input_nodes):
+            assert op not in ("add", "select_rows", "to_fp32"), f"{op} of a split value"
+            split.add(node)
     infer_again(graph, tp)
     return matches
 
@@ -67,7 +69,7 @@ def _shard_embedding(graph: fx.Graph, node: fx.Node, tp: int) -> int:
     _share(weight, 0, tp)
     name = node.meta["name"]
     with graph.inserting_before(node):
-        first = call(graph, "vocab_offset", parameter_rows(weight), like=node, name="first_row")
+        first = call(graph, "vocab_offset", _rows(weight), like=node, name="first_row")
         part = call(graph, "embedding_share", token_ids, weight, first, like=node, name=name)
         whole = call(graph, "all_reduce", part, like=node, name=name)
     node.replace_all_uses_with(whole)
@@ -75,7 +77,7 @@ def _shard_embedding(graph: fx.Graph, node: fx.Node, tp: int) -> int:
     return 1
 
 
-def parameter_rows(weight: fx.Node) -> int:
+def _rows(weight: fx.Node) -> int:
     """Rows of a weight on this rank."""
     rows = value_of(weight).shape[0]
     assert isinstance(rows, int), "weights have sizes"

@@ -73,6 +73,8 @@ def _cut(graph: fx.Graph, stages: tuple[tuple[int, int], ...]) -> list[fx.Graph]
             known[node] = copy.node_copy(node, known.__getitem__)
         last = leaving or output.args[0]
         assert isinstance(last, fx.Node), "one value leaves a stage"
+        if leaving is not None:
+            known[last].meta["layer"] = None  # behind the layers, as the last norm is
         copy.output(known[last])
         copies.append(copy)
     return copies

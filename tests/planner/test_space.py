@@ -129,9 +129,7 @@ def test_default_context_reads_a_million_as_1m():
     assert make_world(workload=tiny_workload(600), **asked).limits.context_tokens == 640
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"ttft_slo_s": 0.0}, {"tbt_slo_s": -1.0}, {"context_tokens": 1}]
-)
+@pytest.mark.parametrize("wrong", [{"ttft_slo_s": 0.0}, {"tbt_slo_s": -1.0}, {"context_tokens": 1}])
 def test_values_that_can_never_hold_are_usage_errors(wrong):
     device = tiny_device()
     with pytest.raises(UsageError):

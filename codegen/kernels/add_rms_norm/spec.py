@@ -2,6 +2,8 @@
 
 from codegen.kernels.base import Compilation, Spec, Value
 
+POINTERS = ("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "sum_ptr")
+
 
 def infer(x: Value, residual: Value, weight: Value, eps: float) -> tuple[Value, Value]:
     """(normed, sum), both as x."""
@@ -29,10 +31,7 @@ SPEC = Spec(
         Compilation(
             kernel="add_rms_norm_kernel",
             types={
-                **{
-                    name: f"*{dtype}"
-                    for name in ("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "sum_ptr")
-                },
+                **dict.fromkeys(POINTERS, f"*{dtype}"),
                 "width": "i32",
                 "eps": "fp32",
             },

@@ -48,16 +48,24 @@ def paged_attention(
         del single[-len(batch) :]
         rows = [starts[b] for b in batch]
         out_TNH[rows], lse_TN[rows] = _decode(
-            q_TNH[rows], k_pages, v_pages, inputs.kv_lens_B[batch], inputs.page_table_BP[batch],
-            max(kv_lens[b] for b in batch), scale,
+            q_TNH[rows],
+            k_pages,
+            v_pages,
+            inputs.kv_lens_B[batch],
+            inputs.page_table_BP[batch],
+            max(kv_lens[b] for b in batch),
+            scale,
         )
     many = [b for b, size in enumerate(sizes) if size > 1 and kv_lens[b]]
     own = inputs.slots_T[[starts[b] for b in many]].ge(0).tolist() if many else []
     for b, causal in zip(many, own, strict=True):
         rows = slice(starts[b], starts[b + 1])
         out_TNH[rows], lse_TN[rows] = _chunk(
-            q_TNH[rows], _keys(k_pages, inputs.page_table_BP[b], kv_lens[b]),
-            _keys(v_pages, inputs.page_table_BP[b], kv_lens[b]), scale, causal=causal,
+            q_TNH[rows],
+            _keys(k_pages, inputs.page_table_BP[b], kv_lens[b]),
+            _keys(v_pages, inputs.page_table_BP[b], kv_lens[b]),
+            scale,
+            causal=causal,
         )
     return out_TNH, lse_TN
 

@@ -31,8 +31,8 @@ SPEC = Spec(
         Compilation(
             kernel="rms_norm_kernel",
             types={
-                **{name: f"*{dtype}" for name in ("x_ptr", "weight_ptr", "normed_ptr")},
-                **{name: "i32" for name in ("heads", "stride_t", "stride_n", "width")},
+                **dict.fromkeys(("x_ptr", "weight_ptr", "normed_ptr"), f"*{dtype}"),
+                **dict.fromkeys(("heads", "stride_t", "stride_n", "width"), "i32"),
                 "eps": "fp32",
             },
             constants={"BLOCK": block, "WHOLE": whole},

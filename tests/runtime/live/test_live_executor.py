@@ -148,7 +148,7 @@ def test_logits_are_shown_with_their_request_and_position(program):
 def test_a_plan_for_several_ranks_is_refused_before_anything_is_loaded():
     topology = msgspec.structs.replace(toy_plan().topology, devices_per_node=2)
     plan = toy_plan(parallelism=Parallelism(kvp=2), topology=topology)
-    with pytest.raises(BundleMismatch, match="2 ranks.*nearest: plan with --gpus 1"):
+    with pytest.raises(BundleMismatch, match=r"2 ranks.*nearest: plan with --gpus 1"):
         device_for(plan)
 
 
@@ -168,9 +168,7 @@ def test_a_page_pool_that_does_not_fit_says_how_large_it_is(program):
 def test_a_failing_program_ends_with_the_step_and_the_device(tmp_path, error):
     text = f"import torch\nPARAMETERS = ()\ndef forward(*args):\n    raise {error}\n"
     folder = write_bundle(tmp_path, toy_plan(), {"program/stage_0.py": text})
-    hand = HandScheduler(
-        toy_plan(), executor_of(toy_plan(), load_bundle(folder).load_stage(0))
-    )
+    hand = HandScheduler(toy_plan(), executor_of(toy_plan(), load_bundle(folder).load_stage(0)))
     hand.add(0, [1], GREEDY)
     with pytest.raises(MedhaError, match=r"step 0 .*cpu"):
         hand.step({0: 1})
