@@ -66,7 +66,7 @@ def value_of(node: fx.Node) -> Value:
 
 def infer(node: fx.Node, tp: int) -> Value | tuple[Value, ...]:
     """What a call yields by the rules of its op."""
-    args = fx.node.map_arg(node.args, lambda each: each.meta["value"])
+    args: Any = fx.node.map_arg(node.args, lambda each: each.meta["value"])
     if node.target is operator.getitem:
         parts, index = args
         result: Value | tuple[Value, ...] = parts[index]
@@ -98,15 +98,12 @@ def item(graph: fx.Graph, parts: fx.Node, index: int, name: str) -> fx.Node:
 
 def placeholder(graph: fx.Graph, name: str, value: Value) -> fx.Node:
     """The placeholder of that name, made behind the others if the graph has none."""
-    behind = None
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            break
-        if node.target == name:
-            return node
-        behind = node
-    # the root of an fx graph stands before its first node
-    with graph.inserting_after(behind):
+    there = list(itertools.takewhile(lambda node: node.op == "placeholder", graph.nodes))
+    for each in there:
+        if each.target == name:
+            return each
+    # without one to stand behind, fx inserts before the first node
+    with graph.inserting_after(there[-1] if there else None):
         node = graph.placeholder(name)
     node.meta.update(layer=None, name=name, value=value)
     return node

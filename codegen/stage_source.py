@@ -159,7 +159,7 @@ def _call_lines(node: fx.Node, names: _Names, first: int) -> list[Line]:
     results: list[fx.Node] = [node]
     index = ""
     if isinstance(node.meta["value"], tuple):
-        results = sorted(node.users, key=lambda user: user.args[1])
+        results = sorted(node.users, key=lambda user: str(user.args[1]))
         for user in results:
             names.use(user)
         if len(results) < len(node.meta["value"]):  # the others are dropped at once
@@ -251,31 +251,8 @@ def _parameters(graph: fx.Graph, first: int, end: int) -> str:
     alike = len(blocks) > 1 and all(block == blocks[0] for block in blocks)
     rows = [_parameter(each, None) for layer, each in found.values() if layer is None]
     if alike:
-        inner = _indented(_indented(blocks[0]))
-        rows += ["*(", "    parameter", f"    for i in range({first}, {end})", "    for parameter in (",
-                 *inner, "    )", "),"]  # fmt: skip
-    else:
-        rows += [_parameter(each, None) for layer, each in found.values() if layer is not None]
-    return "\n".join(["PARAMETERS = (", *_indented(rows), ")\n"])
-
-
-def _parameter(parameter: Parameter, layer: int | None) -> str:
-    """One row; inside a loop over layers names are format strings over i."""
-    mark = f"layers.{layer}."
-
-    def named(name: str) -> str:
-        prefix = "f" if mark in name else ""
-        return f'{prefix}"{name.replace(mark, "layers.{i}.")}"'
-
-    rows = [
-        "{",
-        f'    "name": {named(parameter.name)},',
-        f'    "shape": {parameter.shape!r},',
-        f'    "dtype": "{parameter.dtype}",',
-        '    "sources": (',
-    ]
-    for source in parameter.sources:
         head = ["*(", "    parameter", f"    for i in range({first}, {end})"]
+        inner = _indented(_indented(blocks[0]))
         rows += [*head, "    for parameter in (", *inner, "    )", "),"]
     else:
         rows += [_parameter(each, None) for layer, each in found.values() if layer is not None]

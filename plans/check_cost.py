@@ -94,10 +94,9 @@ def chunk_budget(plan: Plan) -> Iterator[tuple[str, str]]:
             row += 1
         if tokens <= plan.scheduler.min_chunk_tokens:
             continue
-        for behind in range(min(2, prefix // shard + 1)):
-            load = StepLoad(plan.step_time)
-            add_sharded_chunk(load, tokens, prefix, shard, behind=behind)
-            worst[row] = max(worst[row], (load.seconds(), tokens, prefix))
+        load = StepLoad(plan.step_time)  # of the slowest group: an older shard is full
+        add_sharded_chunk(load, tokens, prefix, shard, behind=int(prefix >= shard))
+        worst[row] = max(worst[row], (load.seconds(), tokens, prefix))
     budget_s, margin = plan.scheduler.idle_budget_s, plan.step_time.margin
     for row, (seconds, tokens, prefix) in worst.items():
         if seconds * (1 + margin) > budget_s * (1 + TOLERANCE):

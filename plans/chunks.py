@@ -90,15 +90,11 @@ class WorkTable:
         """When a chunk leaves each stage, from when the chunk before it did."""
         shard = self._shard_tokens
         load = StepLoad(self._time)
-        add_sharded_chunk(load, tokens, prefix, shard)
-        stages_s = load.stages_s()
-        if prefix >= shard:  # all older shards are alike; the slowest group sets the pace
-            load = StepLoad(self._time)
-            add_sharded_chunk(load, tokens, prefix, shard, behind=1)
-            stages_s = tuple(map(max, stages_s, load.stages_s()))
+        # All older shards are alike, and never faster than the newest: they are full.
+        add_sharded_chunk(load, tokens, prefix, shard, behind=int(prefix >= shard))
         after = []
         arrival = 0.0
-        for free, seconds in zip(left, stages_s, strict=True):
+        for free, seconds in zip(left, load.stages_s(), strict=True):
             arrival = max(arrival, free) + seconds
             after.append(arrival)
         return tuple(after)

@@ -67,10 +67,10 @@ def _run_table(served: list[Served]) -> Table:
 def _table(title: str, rows: "list[tuple[str, list[tuple[str, Cell]]]]") -> Table:
     """A column a policy, in the order of their first run."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     policies = list(dict.fromkeys(policy for policy, _ in rows[0][1]))
     for policy in policies:
-        table.add_column(policy, justify="right")
+        table.add_column(policy, justify="right", no_wrap=True)
     for label, cells in rows:
         shown = [_cell([cell for name, cell in cells if name == policy]) for policy in policies]
         table.add_row(label, *shown)
@@ -78,14 +78,14 @@ def _table(title: str, rows: "list[tuple[str, list[tuple[str, Cell]]]]") -> Tabl
 
 
 Cell = tuple[float | None, str]
-"""A figure and its format: `count`, `share`, `s` or `rate`."""
+"""A figure and how it is shown: `count`, `share`, `s`, `ms` or `rate`."""
 
 
 def _class_rows() -> list[tuple[str, Callable[[ClassSummary], Cell]]]:
-    def of(quantity: str, field: str) -> Callable[[ClassSummary], Cell]:
+    def of(quantity: str, field: str, unit: str) -> Callable[[ClassSummary], Cell]:
         def read(summary: ClassSummary) -> Cell:
             spread: Spread = getattr(summary, quantity)
-            return getattr(spread, field), "s"
+            return getattr(spread, field), unit
 
         return read
 
@@ -93,11 +93,11 @@ def _class_rows() -> list[tuple[str, Callable[[ClassSummary], Cell]]]:
         ("requests", lambda each: (each.requests, "count")),
         ("finished", lambda each: (each.finished, "count")),
         *[
-            (f"{label} {field}", of(quantity, field))
-            for label, quantity, fields in (
-                ("TTFT", "ttft_s", ("p50", "p90", "p99", "max")),
-                ("TBT", "tbt_s", ("p50", "p99", "max")),
-                ("end to end", "e2e_s", ("p50", "p99")),
+            (f"{label} {field}, {unit}", of(quantity, field, unit))
+            for label, quantity, unit, fields in (
+                ("TTFT", "ttft_s", "s", ("p50", "p90", "p99", "max")),
+                ("TBT", "tbt_s", "ms", ("p50", "p99", "max")),
+                ("end to end", "e2e_s", "s", ("p50", "p99")),
             )
             for field in fields
         ],
@@ -109,10 +109,10 @@ def _run_rows() -> list[tuple[str, Callable[[Summary], Cell]]]:
     return [
         ("goodput, requests/s", lambda each: (each.goodput_rps, "rate")),
         ("output tokens/s", lambda each: (each.output_tokens_per_s, "rate")),
-        ("makespan", lambda each: (each.makespan_s, "s")),
+        ("makespan, s", lambda each: (each.makespan_s, "s")),
         ("evictions", lambda each: (each.evictions, "count")),
         ("recomputed tokens", lambda each: (each.recomputed_tokens, "count")),
-        ("simulated in", lambda each: (each.wall_s, "s")),
+        ("simulated in, s", lambda each: (each.wall_s, "s")),
     ]
 
 
@@ -124,7 +124,7 @@ def _cell(cells: list[Cell]) -> str:
         return "-"
     shown = _show(median(values), kind)
     if len(values) > 1:
-        shown += f" ({_show(min(values), kind)} to {_show(max(values), kind)})"
+        shown += f" ({_show(min(values), kind)}..{_show(max(values), kind)})"
     return shown
 
 
@@ -135,6 +135,8 @@ def _show(value: float, kind: str) -> str:
         return f"{value:,.0f}"
     if kind == "share":
         return f"{value:.1%}"
+    if kind == "ms":
+        return f"{value * 1000:,.1f}"
     if kind == "s":
-        return f"{value * 1000:.1f} ms" if value < 1 else f"{value:,.2f} s"
+        return f"{value:.3f}" if value < 10 else f"{value:,.1f}"
     return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"

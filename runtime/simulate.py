@@ -70,7 +70,8 @@ def assign(plan: Plan, requests: Sequence[Request]) -> list[list[Request]]:
     """Requests of each replica: each goes where the least predicted prefill seconds are left.
 
     Admission knows predictions and not how far an engine has come, so a replica is taken to work
-    off its prefills one after the other.
+    off its prefills one after the other. Between equals the one that was given less so far: decodes
+    pile up where requests went, and prefill seconds do not see them.
     """
     replicas = plan.parallelism.replicas
     shares: list[list[Request]] = [[] for _ in range(replicas)]
@@ -80,7 +81,7 @@ def assign(plan: Plan, requests: Sequence[Request]) -> list[list[Request]]:
     free_s = [0.0] * replicas
     for request in requests:
         pending_s = [max(each - request.arrival_s, 0.0) for each in free_s]
-        replica = pending_s.index(min(pending_s))
+        replica = min(range(replicas), key=lambda each: (pending_s[each], len(shares[each])))
         free_s[replica] = (
             request.arrival_s + pending_s[replica] + work.solo_s(request.prompt_tokens)
         )

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import schedules, step_times, tiny_step_time
 
-from plans.chunks import WorkTable, chunk_at, split_prompt
-from plans.steptime import StepTime
+from plans.chunks import WorkTable, add_sharded_chunk, chunk_at, split_prompt
+from plans.steptime import StepLoad, StepTime
 
 SHARDS = st.integers(16, 1500)
 LENGTHS = st.integers(1, 4000)
@@ -97,6 +97,21 @@ def test_remaining_work_falls_from_all_to_nothing(work, tokens, data):
     assert table.remaining_s(tokens, 0) == table.solo_s(tokens)
     assert 0.0 <= table.remaining_s(tokens, done) <= table.solo_s(tokens)
     assert table.remaining_s(tokens, tokens) == 0.0
+
+
+@given(time=step_times(), shard=SHARDS, data=st.data())
+def test_newest_group_is_causal_behind_its_own_part_and_no_slower_than_older_ones(
+    time, shard, data
+):
+    prefix = data.draw(st.integers(0, 4 * shard))
+    chunk = data.draw(st.integers(1, shard - prefix % shard))
+    newest, older_one = StepLoad(time), StepLoad(time)
+    add_sharded_chunk(newest, chunk, prefix, shard)
+    add_sharded_chunk(older_one, chunk, prefix, shard, behind=1)
+    groups = prefix // shard + 1
+    alone = time.step_s([(chunk, prefix % shard)], kvp_groups=groups)
+    assert newest.seconds() == pytest.approx(alone, rel=1e-12)
+    assert newest.seconds() <= older_one.seconds()
 
 
 def test_two_equal_stages_overlap_the_chunks_of_one_prompt():
