@@ -98,7 +98,9 @@ def item(graph: fx.Graph, parts: fx.Node, index: int, name: str) -> fx.Node:
 
 def placeholder(graph: fx.Graph, name: str, value: Value) -> fx.Node:
     """The placeholder of that name, made behind the others if the graph has none."""
-    there = list(itertools.takewhile(lambda node: node.op == "placeholder", graph.nodes))
+    there: list[fx.Node] = list(
+        itertools.takewhile(lambda node: node.op == "placeholder", graph.nodes)
+    )
     for each in there:
         if each.target == name:
             return each

@@ -217,10 +217,14 @@ def _body(lines: list[Line], first: int, end: int) -> list[str]:
             inner[1 + max(len(other), 1) : 1 + max(len(other), 1)] = ["else:", *_indented(opening)]
     return [
         *straight[:start],
-        f"for i in range({first}, {end}):",
+        f"for i in {_range(first, end)}:",
         *_indented(inner),
         *straight[start + count :],
     ]
+
+
+def _range(first: int, end: int) -> str:
+    return f"range({first}, {end})" if first else f"range({end})"
 
 
 def _common_end(left: list[str], right: list[str]) -> int:
@@ -251,7 +255,7 @@ def _parameters(graph: fx.Graph, first: int, end: int) -> str:
     alike = len(blocks) > 1 and all(block == blocks[0] for block in blocks)
     rows = [_parameter(each, None) for layer, each in found.values() if layer is None]
     if alike:
-        head = ["*(", "    parameter", f"    for i in range({first}, {end})"]
+        head = ["*(", "    parameter", f"    for i in {_range(first, end)}"]
         inner = _indented(_indented(blocks[0]))
         rows += [*head, "    for parameter in (", *inner, "    )", "),"]
     else:

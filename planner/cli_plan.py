@@ -174,7 +174,7 @@ def _search(
         ttft_slo_s=ask.ttft_slo_s,
         tbt_slo_s=ask.tbt_slo_s,
     )
-    short = device.aliases[0] if device.aliases else device.name
+    short = min((device.name, *device.aliases), key=len)
     name = f"{loaded.name}-{ask.gpus}x{short}"
     folder = out if out is not None else Path(name)
     check_target(folder, overwrite=overwrite)  # before the work, and again when it is written
@@ -196,14 +196,14 @@ def _search(
 
         plan, files = compile_plan(plan, dump_graph=dump_graph)
     check_plan(plan, where=f"{name} (a bug of the planner)")
-    commands = run_commands(".", plan, program=kernels)
+    commands = run_commands(".", program=kernels)
     files |= {
         PLAN_FILE: dumps(plan).encode(),
         "alternatives.csv": alternatives_csv(found),
         "README.md": readme(plan, commands, program=kernels),
     }
     write_folder(folder, files, overwrite=overwrite)
-    commands = run_commands(str(folder), plan, program=kernels)
+    commands = run_commands(str(folder), program=kernels)
     if format_ == "json":
         report = as_json(plan, found=found, bundle=str(folder), commands=commands, top=top)
         print(json.dumps(report, indent=2))
@@ -211,12 +211,11 @@ def _search(
         _print_found(plan, found, folder, commands, top)
 
 
-def run_commands(folder: str, plan: "Plan", *, program: bool) -> tuple[str, ...]:
-    """Commands that serve the bundle, at half of its capacity so that nothing queues up."""
+def run_commands(folder: str, *, program: bool) -> tuple[str, ...]:
+    """Commands that serve the bundle: its own workload in virtual time, and requests of a file."""
     bundle = shlex.quote(folder)
-    simulate = f"medha-sim {bundle} --trace TRACE.csv --qps {plan.predicted.capacity_rps / 2:.2g}"
     run = f"medha-run {bundle} --weights random --requests REQUESTS.jsonl --out ANSWERS.jsonl"
-    return (simulate, run) if program else (simulate,)
+    return (f"medha-sim {bundle}", *([run] if program else []))
 
 
 def _version() -> str:
@@ -274,7 +273,7 @@ def _evaluate(path: Path, prompt_tokens: str | None, format_: str) -> None:
     _check_given(given, where)
     plan = evaluate(given, asked)
     check_plan(plan, where=str(where))
-    commands = run_commands(str(where.parent), plan, program=bool(plan.files))
+    commands = run_commands(str(where.parent), program=bool(plan.files))
     if format_ == "json":
         print(json.dumps(as_json(plan, commands=commands), indent=2))
     else:

@@ -151,7 +151,7 @@ def rejected_line(found: Found) -> str:
     outside = Counter(why for why in found.verdicts if why)
     held_back = "".join(f"; {count} ranked last: {why}" for why, count in outside.most_common())
     return (
-        f"{len(found.ranked)} candidates are feasible{held_back};"
+        f"feasible candidates: {len(found.ranked)}{held_back};"
         f" {len(found.ledger)} rejected{': ' if broke else ''}{broke}"
     )
 

@@ -26,6 +26,7 @@ WAITING = {
     "missing_tokens": np.int64,
     "home": np.int64,
     "newest": np.int64,
+    "served_before": np.int64,
     "started": np.bool_,
     "recent": np.bool_,
     "long": np.bool_,
@@ -60,6 +61,10 @@ class Book:
             shard_tokens=plan.kv.tokens_per_kvp_shard,
         )
         self.work = WorkTable(plan.prefill.chunks, plan.step_time, plan.kv.tokens_per_kvp_shard)
+        self.steps = 0
+        """Steps submitted."""
+        self.served_tokens = 0
+        """Prefill tokens submitted."""
         self.new_pages: list[NewPages] = []
         self.evicted: list[int] = []
         self.ended: list[int] = []
@@ -82,6 +87,7 @@ class Book:
             deadline_s=deadline_s,
             work_s=work_s,
             tbt_s=targets.tbt_s if tbt_s is None else tbt_s,
+            served_before=self.served_tokens,
         )
         self.sequences[request.number] = sequence
         self._wait(sequence)
@@ -100,6 +106,7 @@ class Book:
                 "missing_tokens": sequence.missing,
                 "home": 0,
                 "newest": 0,
+                "served_before": sequence.served_before,
                 "started": False,
                 "recent": False,
                 "long": request.prompt_tokens >= self.plan.scheduler.long_tokens,
@@ -109,7 +116,20 @@ class Book:
     def prefills(self) -> Prefills:
         """What a policy may see of the waiting requests."""
         waiting = self.waiting
-        return Prefills(**{name: waiting[name] for name in Prefills.__dataclass_fields__})
+        return Prefills(
+            number=waiting["number"],
+            arrival_s=waiting["arrival_s"],
+            deadline_s=waiting["deadline_s"],
+            work_s=waiting["work_s"],
+            remaining_s=waiting["remaining_s"],
+            prompt_tokens=waiting["prompt_tokens"],
+            missing_tokens=waiting["missing_tokens"],
+            started=waiting["started"],
+            recent=waiting["recent"],
+            long=waiting["long"],
+            served_tokens=self.served_tokens - waiting["served_before"],
+            step=self.steps,
+        )
 
     def grow(self, sequence: Sequence, end: int) -> None:
         """Takes the pages that hold tokens up to `end` and announces them to the executor."""
@@ -122,6 +142,7 @@ class Book:
         """Moves the cursor over a chunk whose pages it has; True where that ends the prefill."""
         sequence.scheduled += tokens
         sequence.in_flight += 1
+        self.served_tokens += tokens
         if sequence.missing == 0:
             self.waiting.remove(sequence.number)
             return True

@@ -64,7 +64,7 @@ def run(
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: the folder {out.absolute().parent} does not exist")
     reader = _tokenizer(tokenizer, weights, plan.model.vocab)
-    jobs = read_jobs(requests, plan, reader)
+    jobs = read_jobs(requests, plan, reader, end_tokens=_end_tokens(reader, weights))
     try:
         with _progress(plan.name, quiet=quiet) as show:
             offline = OfflineRun(jobs, reader, on_progress=show)
@@ -99,6 +99,14 @@ def _tokenizer(choice: str | None, weights: str, vocab: int) -> "Tokenizer | Non
     return tokenizer
 
 
+def _end_tokens(tokenizer: "Tokenizer | None", weights: str) -> frozenset[int]:
+    """Tokens that end an answer, as the tokenizer's folder and the weights folder name them."""
+    from runtime.tokenizer import end_tokens
+
+    own = frozenset() if tokenizer is None else tokenizer.end_tokens
+    return own if weights == RANDOM else own | end_tokens(weights)
+
+
 def _generate(
     bundle: "Bundle", weights: str, seed: int, offline: "OfflineRun", scheduling: "Scheduling"
 ) -> "list[Result]":
@@ -116,6 +124,7 @@ def _generate(
     )
     clock = WallClock()
     executor = LiveExecutor(bundle.plan, program, tensors, clock=clock)
+    executor.warm_up()
     return offline.run(bundle.plan, executor, clock, scheduling)
 
 

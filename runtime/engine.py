@@ -19,7 +19,7 @@ from runtime.columns import NO_ROW
 from runtime.executor.base import Chunk, Executor, Step, StepResult
 from runtime.request import NEVER, Record, Request, Sequence
 from runtime.scheduler import Scheduling
-from runtime.scheduler.pack import Packer
+from runtime.scheduler.compose import composer_of
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 OnToken = Callable[[int, int], str | None]
@@ -76,7 +76,7 @@ class Engine:
         self._plan = plan
         self._executor = executor
         self._clock = clock
-        self._packer = Packer(self.book, scheduling)
+        self._packer = composer_of(self.book, scheduling)
         self._on_token = on_token
         self._observer = observer
         self._learn = learn

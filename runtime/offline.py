@@ -89,8 +89,17 @@ class Result(Struct, frozen=True, kw_only=True):
     evictions: int
 
 
-def read_jobs(path: str | Path, plan: Plan, tokenizer: Tokenizer | None) -> list[Job]:
-    """Jobs of a request file, in order; raises InvalidFile with the line of the first misfit."""
+def read_jobs(
+    path: str | Path,
+    plan: Plan,
+    tokenizer: Tokenizer | None,
+    *,
+    end_tokens: frozenset[int] = frozenset(),
+) -> list[Job]:
+    """Jobs of a request file, in order; raises InvalidFile with the line of the first misfit.
+
+    end_tokens  of the model: they end an answer unless its line says ignore_eos
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -105,7 +114,16 @@ def read_jobs(path: str | Path, plan: Plan, tokenizer: Tokenizer | None) -> list
             continue
         where = f"{path}:{number}"
         parsed = _parsed(line, where)
-        job = _job(parsed, plan, tokenizer, number=len(jobs), line_number=number, where=where)
+        job = _job(
+            parsed,
+            plan,
+            tokenizer,
+            end_tokens=frozenset() if parsed.ignore_eos else end_tokens,
+            number=len(jobs),
+            line_number=number,
+            where=where,
+        )
+
         if job.id in lines:
             raise InvalidFile(where, "id", f"{job.id!r} is the id of line {lines[job.id]} too")
         lines[job.id] = number
@@ -144,6 +162,7 @@ def _job(
     plan: Plan,
     tokenizer: Tokenizer | None,
     *,
+    end_tokens: frozenset[int],
     number: int,
     line_number: int,
     where: str,
@@ -169,7 +188,6 @@ def _job(
         )
     except UsageError as error:
         raise InvalidFile(where, "", str(error)) from None
-    own_end = frozenset() if line.ignore_eos or tokenizer is None else tokenizer.end_tokens
     return Job(
         id=line_number if line.id is None else line.id,
         prompt=tuple(prompt),
@@ -181,7 +199,7 @@ def _job(
         ),
         sampling=sampling,
         stop=tuple(line.stop),
-        end_tokens=own_end | frozenset(line.stop_token_ids),
+        end_tokens=end_tokens | frozenset(line.stop_token_ids),
     )
 
 
@@ -304,9 +322,11 @@ class OfflineRun:
         engine = Engine(
             plan, executor, clock, scheduling, on_token=self._take, observer=self, learn=True
         )
+        started_s = clock.now_s()  # loading was before; no request waited for it
         for number, answer in self._answers.items():
             executor.add_request(number, answer.job.prompt, answer.job.sampling)
-            engine.add(answer.job.request)
+            request = answer.job.request
+            engine.add(msgspec.structs.replace(request, arrival_s=started_s + request.arrival_s))
         engine.run()
         self.records = sorted(engine.records, key=lambda record: record.request.number)
         return [self._answers[record.request.number].result(record) for record in self.records]

@@ -47,6 +47,8 @@ class Sequence:
     work_s: float
     """Predicted seconds of its lone prefill; fixed at arrival."""
     tbt_s: float
+    served_before: int = 0
+    """Prefill tokens that the engine had submitted, of all requests, when this one arrived."""
     scheduled: int = 0
     computed: int = 0
     generated: int = 0

@@ -44,8 +44,8 @@ IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 """Buffers that older versions of transformers saved: all of them follow from the configuration."""
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BLOCK_ELEMENTS = 1 << 22
-"""Random values made at a time: bounds the integer temporaries to 32 MiB each."""
+BLOCK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Random values made at a time: on a CPU the integer temporaries stay in its cache."""
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def random_tensor(
         stride //= size
         steps = torch.arange(start, stop, device=device) * stride
         column = (column[:, None] + steps).flatten()
-    block = max(1, BLOCK_ELEMENTS // len(column))
+    block = max(1, BLOCK_ELEMENTS[out.device.type] // len(column))
     for at in range(0, shape[0], block):
         rows = torch.arange(at, min(at + block, shape[0]), device=device) + first
         bits = _hash((rows[:, None] * width + column) & 0xFFFFFFFF, keys)
@@ -280,10 +280,10 @@ def _hash(bits: Tensor, keys: tuple[int, int]) -> Tensor:
     product with 32 bits stays inside int64.
     """
     bits = bits ^ keys[0]
-    for key in (keys[1], 0):
-        bits = ((bits ^ (bits >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
-        bits = ((bits ^ (bits >> 15)) * 0x735A2D97) & 0xFFFFFFFF
-        bits = ((bits ^ (bits >> 15)) + key) & 0xFFFFFFFF
+    for key in (keys[1], 0):  # in place: the temporaries are most of the time
+        bits.bitwise_xor_(bits >> 16).mul_(0x21F0AAAD).bitwise_and_(0xFFFFFFFF)
+        bits.bitwise_xor_(bits >> 15).mul_(0x735A2D97).bitwise_and_(0xFFFFFFFF)
+        bits.bitwise_xor_(bits >> 15).add_(key).bitwise_and_(0xFFFFFFFF)
     return bits
 
 

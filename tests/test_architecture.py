@@ -56,6 +56,7 @@ ZONES = {
     "live": Zone(
         modules=(
             "runtime.executor.live",
+            "runtime.offline",
             "runtime.parallel",
             "runtime.program",
             "runtime.sampling",

@@ -37,10 +37,14 @@ class Compilation:
     types: Mapping[str, str]
     """Triton type of each argument that is no constant, such as `*bf16`, `i32`, `fp32`."""
     constants: Mapping[str, int | bool]
+    multiples_of_16: tuple[str, ...] = ()
+    """Integers that divide by 16 in every launch; Triton specialises on it, pointers always are."""
     num_warps: int = 4
     num_stages: int = 1
     tile_rows: int = 1
     """Rows of the tile that a matrix product sees; from 64 on it has to be a wgmma."""
+    streams: bool = False
+    """Bound by memory: has to load 16 bytes a thread."""
 
 
 @dataclass(frozen=True, kw_only=True)

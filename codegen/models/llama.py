@@ -85,7 +85,8 @@ class Attention(nn.Module):
         q_TNH = rope(q_TNH, positions_T, inv_freq_H2, self.rope_scale)
         k_TKH = rope(k_TKH, positions_T, inv_freq_H2, self.rope_scale)
         out_TNH = attention(q_TNH, k_TKH, v_TKH, self.scale)
-        return self.o_proj(join_heads(out_TNH))
+        y_TD: torch.Tensor = self.o_proj(join_heads(out_TNH))
+        return y_TD
 
 
 class Mlp(nn.Module):
@@ -98,7 +99,8 @@ class Mlp(nn.Module):
         self.down_proj = Projection(model.ffn, model.hidden, dtype)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(mul(silu(self.gate_proj(x_TD)), self.up_proj(x_TD)))
+        y_TD: torch.Tensor = self.down_proj(mul(silu(self.gate_proj(x_TD)), self.up_proj(x_TD)))
+        return y_TD
 
 
 class Layer(nn.Module):
@@ -146,7 +148,8 @@ class Decoder(nn.Module):
         x_TD = self.embed_tokens(token_ids_T)
         for layer in self.layers:
             x_TD = layer(x_TD, positions_T, self.inv_freq_H2)
-        return self.norm(x_TD)
+        normed_TD: torch.Tensor = self.norm(x_TD)
+        return normed_TD
 
 
 class Llama(nn.Module):

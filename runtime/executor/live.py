@@ -10,7 +10,9 @@ A step runs when it is submitted and is collected by the next wait: one in fligh
 Letters as in plans/ops.py: T tokens, B sequences, P pages of a sequence, R sampled rows, V vocab.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +28,8 @@ from runtime.program import StageProgram
 from runtime.sampling import sample
 from runtime.sampling_params import SamplingParams
 from runtime.weights import TORCH_DTYPE
+
+WARM_UP_TOKENS = 32
 
 OnLogits = Callable[[int, int, Tensor], None]
 """Called with (request, tokens generated before, logits_V) for each sampled row."""
@@ -82,14 +86,18 @@ class _State:
     """Prompt and answer so far."""
     prompt_tokens: int
     sampling: SamplingParams
-    shards: list[list[int]] = field(default_factory=list)
-    """Page numbers by shard."""
+    pages: Ints = field(default_factory=lambda: np.zeros(8, dtype=np.int64))
+    """Page numbers in the order of the tokens, with spare room at the end."""
+    held: int = 0
+    """Pages of it that count."""
 
-    def grow(self, shard: int, pages: tuple[int, ...]) -> None:
-        """Appends pages to a shard's table."""
-        while len(self.shards) <= shard:
-            self.shards.append([])
-        self.shards[shard].extend(pages)
+    def grow(self, pages: tuple[int, ...]) -> None:
+        """Appends pages: shards are whole pages and grow in order, so those of one group join."""
+        end = self.held + len(pages)
+        if end > len(self.pages):
+            self.pages = np.resize(self.pages, 2 * end)
+        self.pages[self.held : end] = pages
+        self.held = end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +168,20 @@ class LiveExecutor:
         """Requests added and not ended."""
         return len(self._states)
 
+    def warm_up(self) -> None:
+        """Runs a chunk and a decode for nobody: kernels compile before time counts.
+
+        Call before the first step: it writes pages that no request holds yet.
+        """
+        tokens = min(WARM_UP_TOKENS, self._plan.kv.page_tokens)
+        state = _State(tokens=[0] * (tokens + 1), prompt_tokens=1, sampling=SamplingParams())
+        state.grow((0, self._plan.kv.pages_per_rank - 1))
+        for prefix, count in ((0, tokens), (tokens, 1)):
+            row = _Row(number=-1, state=state, prefix=prefix, tokens=count, samples=True)
+            with torch.inference_mode(), self._explained(f"a first step of {count} tokens"):
+                self._forward([row])
+                self._synchronise()
+
     def can_submit(self) -> bool:
         """Whether nothing is in flight."""
         return not self._done
@@ -193,9 +215,9 @@ class LiveExecutor:
             self._states.pop(number, None)  # a request may end before it was ever scheduled
         for number in step.evicted:
             if number in self._states:
-                self._states[number].shards = []
+                self._states[number].held = 0
         for new in step.pages:
-            self._states[new.request].grow(new.shard, new.pages)
+            self._states[new.request].grow(new.pages)
 
     def _rows(self, step: Step) -> list[_Row]:
         decodes = zip(step.decodes.tolist(), step.decode_prefix.tolist(), strict=True)
@@ -221,27 +243,38 @@ class LiveExecutor:
     def _run(self, step_id: int, rows: list[_Row]) -> dict[int, int]:
         """Runs the program and draws the tokens, which join their requests."""
         sampled = [row for row in rows if row.samples]
-        try:
-            with torch.inference_mode():
-                inputs = self._packed(rows)
-                logits_RV = self._program.forward(self._weights, inputs, self._cache, self._comm)
-                drawn = self._sample(logits_RV, sampled)
-        except torch.OutOfMemoryError as error:
-            raise MedhaError(
-                f"step {step_id} of {sum(row.tokens for row in rows)} tokens ran out of memory on "
-                f"{self._device}: {error}; free the device, or plan with fewer pages or a smaller "
-                "scheduler.max_step_tokens"
-            ) from error
-        except RuntimeError as error:  # what torch and Triton raise when a kernel fails
-            raise MedhaError(f"step {step_id} failed on {self._device}: {error}") from error
+        what = f"step {step_id} of {sum(row.tokens for row in rows)} tokens"
+        with torch.inference_mode(), self._explained(what):
+            drawn = self._sample(self._forward(rows), sampled)
         for row, token in zip(sampled, drawn, strict=True):
             row.state.tokens.append(token)
         return {row.number: token for row, token in zip(sampled, drawn, strict=True)}
 
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turns what torch and Triton raise into an error that says what ran where."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise MedhaError(
+                f"{what} ran out of memory on {self._device}: {error}; free the device, or plan "
+                "with fewer pages or a smaller scheduler.max_step_tokens"
+            ) from error
+        except RuntimeError as error:
+            raise MedhaError(f"{what} failed on {self._device}: {error}") from error
+
+    def _forward(self, rows: list[_Row]) -> Tensor:
+        inputs = self._packed(rows)
+        out: Tensor = self._program.forward(self._weights, inputs, self._cache, self._comm)
+        return out
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def _sample(self, logits_RV: Tensor, sampled: list[_Row]) -> list[int]:
         if not sampled:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # else the step's time would be its launch's
+            self._synchronise()  # else the step's time would be that of its launch
             return []
         positions = [len(row.state.tokens) - row.state.prompt_tokens for row in sampled]
         if self._on_logits is not None:
@@ -253,26 +286,26 @@ class LiveExecutor:
         """Packs the rows, in their order; built in numpy and copied once a tensor."""
         page_tokens = self._plan.kv.page_tokens
         lengths = np.array([row.tokens for row in rows], dtype=np.int64)
-        kv_lens = np.array([row.prefix + row.tokens for row in rows], dtype=np.int64)
+        prefixes = np.array([row.prefix for row in rows], dtype=np.int64)
+        kv_lens = prefixes + lengths
         starts = np.concatenate(([0], lengths.cumsum()))
         counts = -(-kv_lens // page_tokens)
         table = np.zeros((len(rows), counts.max()), dtype=np.int64)
-        ids, positions, slots = [], [], []
-        for at, row in enumerate(rows):
-            # shards are whole pages, so the tables of a lone group join to one
-            pages = [page for shard in row.state.shards for page in shard][: counts[at]]
-            assert len(pages) == counts[at], f"request {row.number} has KV without a page"
-            table[at, : counts[at]] = pages
-            where = np.arange(row.prefix, row.prefix + row.tokens)
+        ids: list[int] = []
+        for row, count, entries in zip(rows, counts.tolist(), table, strict=True):
+            assert row.state.held >= count, f"request {row.number} has KV without a page"
+            entries[:count] = row.state.pages[:count]
             ids += row.state.tokens[row.prefix : row.prefix + row.tokens]
-            positions.append(where)
-            slots.append(table[at, where // page_tokens] * page_tokens + where % page_tokens)
+        sequence = np.repeat(np.arange(len(rows)), lengths)
+        positions = np.arange(len(ids)) + (prefixes - starts[:-1])[sequence]
+        pages = table[sequence, positions // page_tokens]
+        slots = pages * page_tokens + positions % page_tokens
         last_rows = starts[1:][[row.samples for row in rows]] - 1
         return PackedInputs(
             token_ids_T=self._tensor(np.array(ids, dtype=np.int64), torch.int64),
             hidden_TD=None,
-            positions_T=self._tensor(np.concatenate(positions), torch.int64),
-            slots_T=self._tensor(np.concatenate(slots), torch.int64),
+            positions_T=self._tensor(positions, torch.int64),
+            slots_T=self._tensor(slots, torch.int64),
             query_starts_B1=self._tensor(starts, torch.int32),
             kv_lens_B=self._tensor(kv_lens, torch.int32),
             page_table_BP=self._tensor(table, torch.int32),
@@ -290,14 +323,11 @@ def _page_pool(plan: Plan, device: torch.device) -> PagedCache:
     dtype = TORCH_DTYPE[kv.dtype]
     try:
         pairs = [
-            (
-                torch.zeros(shape, dtype=dtype, device=device),
-                torch.zeros(shape, dtype=dtype, device=device),
-            )
+            (_zeros(shape, dtype, device), _zeros(shape, dtype, device))
             for _ in range(model.layers)
         ]
-    except RuntimeError as error:  # both allocators raise subclasses of it, or itself
-        need = int(np.prod(shape)) * 2 * model.layers * DTYPE_BYTES[kv.dtype]
+    except (MemoryError, RuntimeError) as error:  # of numpy and of torch
+        need = math.prod(shape) * 2 * model.layers * DTYPE_BYTES[kv.dtype]
         raise MedhaError(
             f"KV of {kv.pages_per_rank} pages needs {need / 1e9:.1f} GB on {device}, which has not "
             "as much free; free the device, or plan with a smaller --max-context"
@@ -306,4 +336,16 @@ def _page_pool(plan: Plan, device: torch.device) -> PagedCache:
         page_tokens=kv.page_tokens,
         k_pages=[k for k, _ in pairs],
         v_pages=[v for _, v in pairs],
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy takes zeroed memory from the system, page by page as it is used; torch.zeros would
+    # write all of a pool that a CPU run may never fill
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+        .view(dtype)
+        .view(shape)
     )

@@ -23,33 +23,29 @@ class SimulatedExecutor:
         self._results: deque[StepResult] = deque()
 
     def can_submit(self) -> bool:
-        """Whether the first stage is idle."""
-        return self._free_s[0] <= self._clock.now_s()
+        """Whether the first stage is idle and no later stage has a queue before it.
+
+        More steps than stages would only wait, and decodes in them with them.
+        """
+        return len(self._results) < len(self._free_s) and self._free_s[0] <= self._clock.now_s()
 
     def submit(self, step: Step) -> None:
         """Walks the step through the stages at once; wait() hands out the result in time."""
+        stage_s = self._stages_s(step)
         leave_s = self._clock.now_s()
-        stage_s = []
-        for stage in range(len(self._free_s)):
-            seconds = self._stage_s(stage, step)
+        for stage, seconds in enumerate(stage_s):
             leave_s = max(leave_s, self._free_s[stage]) + seconds
             self._free_s[stage] = leave_s
-            stage_s.append(seconds)
-        self._results.append(
-            StepResult(step=step, tokens={}, stage_s=tuple(stage_s), finished_s=leave_s)
-        )
+        self._results.append(StepResult(step=step, tokens={}, stage_s=stage_s, finished_s=leave_s))
 
-    def _stage_s(self, stage: int, step: Step) -> float:
+    def _stages_s(self, step: Step) -> tuple[float, ...]:
         loads = GroupLoads(
             self._plan.step_time,
             groups=self._plan.parallelism.kvp,
             shard_tokens=self._plan.kv.tokens_per_kvp_shard,
-            stage=stage,
         )
-        loads.add_decodes(step.decode_prefix, step.decode_home)
-        for chunk in step.chunks:
-            loads.add_chunk(chunk.home, chunk.tokens, chunk.prefix)
-        return loads.seconds()
+        loads.add_step(step)
+        return loads.stages_s()
 
     def in_flight(self) -> int:
         """Steps whose result was not handed out."""

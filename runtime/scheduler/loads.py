@@ -1,4 +1,4 @@
-"""The step under construction in every KVP group at once: the slowest group decides its time.
+"""The load of a step in every KVP group at once: the slowest group decides its time.
 
 Shard i of a request lies in group (home + i) mod groups. Each group that holds a shard runs the
 same query tokens; only the newest shard is causal and written to (design section 4, KVP).
@@ -8,20 +8,18 @@ import numpy as np
 
 from plans.chunks import add_sharded_chunk
 from plans.steptime import StepLoad, StepTime
+from runtime.executor.base import Step
 from runtime.scheduler.policy import Ints
 
 
 class GroupLoads:
-    """One StepLoad a group, for one stage or (stage None) summed over all stages."""
+    """One StepLoad a group, all stages summed."""
 
-    def __init__(
-        self, step_time: StepTime, *, groups: int, shard_tokens: int, stage: int | None = None
-    ) -> None:
+    def __init__(self, step_time: StepTime, *, groups: int, shard_tokens: int) -> None:
         """Starts empty."""
         self._time = step_time
-        self._stage = stage
         self._shard_tokens = shard_tokens
-        self._groups = [StepLoad(step_time, stage=stage) for _ in range(groups)]
+        self._groups = [StepLoad(step_time) for _ in range(groups)]
 
     def active(self, home: int, prefix: int) -> list[tuple[int, int]]:
         """(group, shards behind the newest one) of each group that works on a token at `prefix`."""
@@ -69,6 +67,12 @@ class GroupLoads:
         """Time of the slowest group."""
         return max(load.seconds() for load in self._groups)
 
+    def stages_s(self) -> tuple[float, ...]:
+        """Time of the slowest group on each stage."""
+        if len(self._groups) == 1:
+            return self._groups[0].stages_s()
+        return tuple(map(max, zip(*(load.stages_s() for load in self._groups), strict=True)))
+
     def seconds_at(self, home: int, prefix: int) -> float:
         """Time of the slowest group that a token at `prefix` would work in."""
         return max(self._groups[group].seconds() for group, _ in self.active(home, prefix))
@@ -90,13 +94,18 @@ class GroupLoads:
             )
         return most
 
+    def add_step(self, step: Step) -> None:
+        """Adds all work of a step."""
+        self.add_decodes(step.decode_prefix, step.decode_home)
+        for chunk in step.chunks:
+            self.add_chunk(chunk.home, chunk.tokens, chunk.prefix)
+
     def copy(self) -> "GroupLoads":
         """An independent load with the same work."""
         twin = GroupLoads(
             self._time,
             groups=0,
             shard_tokens=self._shard_tokens,
-            stage=self._stage,
         )
         twin._groups = [load.copy() for load in self._groups]
         return twin

@@ -16,9 +16,10 @@ import numpy as np
 
 from plans.chunks import chunk_at
 from runtime.book import Book
-from runtime.executor.base import Chunk, Step
+from runtime.executor.base import Step
 from runtime.request import Sequence
 from runtime.scheduler import Scheduling
+from runtime.scheduler.commit import StepMaker
 from runtime.scheduler.loads import GroupLoads
 from runtime.scheduler.memory import Room, make_room
 from runtime.scheduler.order import in_order
@@ -74,7 +75,7 @@ class Packer:
         self._plan = book.plan
         self._config = book.plan.scheduler
         self._scheduling = scheduling
-        self._step_id = 0
+        self._maker = StepMaker(book)
         self._starts = 0
         """Fresh prompts that may still start in the step under construction."""
         self.correction = 1.0
@@ -86,68 +87,26 @@ class Packer:
         stalled = self._grow_decodes()
         running = book.running
         rows = np.flatnonzero(~running["in_flight"])
+        if not len(rows) and not len(book.waiting):
+            return None
         if stalled:
             rows = rows[~np.isin(running["number"][rows], list(stalled))]
-        rows = rows[np.argsort(running["number"][rows])]
         numbers, prefix = running["number"][rows], running["prefix"][rows]
         home = running["home"][rows]
-        base = self._empty()
+        base = self._maker.empty()
         base.add_decodes(prefix, home)
+        if not len(book.waiting):
+            return self._maker.make(numbers, []) if len(rows) else None
         draft = Draft(base=base, loads=base.copy(), budget_s=self._budget_s(now_s))
         draft.members.update(numbers.tolist())
-        if len(book.waiting):
-            self._prefills(draft, now_s)
+        self._prefills(draft, now_s)
         if not len(rows) and not draft.placed:
             return None
-        running["in_flight"][running.rows(numbers)] = True
-        return self._commit(draft, numbers, prefix, home)
+        return self._maker.make(numbers, [(each.sequence, each.tokens) for each in draft.placed])
 
     def predicted_s(self, step: Step) -> float:
         """The formula's seconds of a step, summed over stages, without correction or margin."""
-        loads = self._empty()
-        loads.add_decodes(step.decode_prefix, step.decode_home)
-        for chunk in step.chunks:
-            loads.add_chunk(chunk.home, chunk.tokens, chunk.prefix)
-        return loads.seconds()
-
-    def _empty(self) -> GroupLoads:
-        return GroupLoads(
-            self._plan.step_time,
-            groups=self._plan.parallelism.kvp,
-            shard_tokens=self._plan.kv.tokens_per_kvp_shard,
-        )
-
-    def _commit(
-        self, draft: Draft, numbers: np.ndarray, prefix: np.ndarray, home: np.ndarray
-    ) -> Step:
-        book = self._book
-        book.waiting["recent"][:] = False
-        chunks = []
-        for placed in draft.placed:
-            sequence = placed.sequence
-            ends = book.submit_chunk(sequence, placed.tokens)
-            chunks.append(
-                Chunk(
-                    request=sequence.number,
-                    tokens=placed.tokens,
-                    prefix=placed.prefix,
-                    home=sequence.home,
-                    samples=ends,
-                )
-            )
-        step = Step(
-            step_id=self._step_id,
-            decodes=numbers,
-            decode_prefix=prefix,
-            decode_home=home,
-            chunks=tuple(chunks),
-            pages=tuple(book.new_pages),
-            evicted=tuple(book.evicted),
-            ended=tuple(book.ended),
-        )
-        self._step_id += 1
-        book.new_pages, book.evicted, book.ended = [], [], []
-        return step
+        return self._maker.predicted_s(step)
 
     def _grow_decodes(self) -> set[int]:
         """Gives each decode the page its next token needs, oldest first; returns who must wait."""
@@ -199,7 +158,7 @@ class Packer:
         if normal and demoted and spare_s < float("inf"):
             limit_s -= share * spare_s
         self._place_all(draft, normal, limit_s, least=True)
-        turn = self._step_id % round(1 / share) == 0  # progress of the demoted without any spare
+        turn = self._book.steps % round(1 / share) == 0  # progress of the demoted without any spare
         self._place_all(draft, demoted, draft.budget_s, least=not draft.placed or turn)
         if limit_s < draft.budget_s:
             self._enlarge(draft)
@@ -215,10 +174,11 @@ class Packer:
         if resident >= self._plan.limits.sequences:
             only = prefills.started
         self._starts = self._plan.limits.sequences - resident
+        most = 1 if self._scheduling.one_prompt else MISSES
         found = []
         for demoted in (False, True):
             pool = np.flatnonzero(only & (ranked.demoted == demoted))
-            for index in _first(in_order(ranked.keys[pool], prefills.number[pool]), MISSES):
+            for index in _first(in_order(ranked.keys[pool], prefills.number[pool]), most):
                 row = pool[index]
                 found.append(
                     Candidate(
@@ -316,8 +276,12 @@ class Packer:
         prefix = sequence.scheduled
         shard = self._plan.kv.tokens_per_kvp_shard
         static = self._scheduling.chunk_tokens
+        cap = self._scheduling.request_tokens
+        if cap is None or len(self._book.sequences) == 1:  # vLLM: a lone request is not capped
+            cap = sequence.missing
         return min(
             sequence.missing,
+            cap,
             chunk_at(self._plan.prefill.chunks, prefix) if static is None else static - in_group,
             shard - prefix % shard,
             self._config.max_step_tokens - in_group,

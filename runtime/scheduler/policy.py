@@ -30,6 +30,10 @@ class Prefills:
     recent: Bools
     """It had a chunk in the step before: the prefill in progress."""
     long: Bools
+    served_tokens: Ints
+    """Prefill tokens submitted, of all requests, since this one arrived."""
+    step: int
+    """Steps before the one to be packed."""
 
     def __len__(self) -> int:
         """Requests."""
@@ -58,6 +62,15 @@ class Policy(Protocol):
     def rank(self, waiting: Prefills, *, now_s: float) -> Ranked:
         """Keys (smallest first), yields and demotions, one a request."""
         ...
+
+
+LEAST_S = 1e-6
+"""Divisor of a key where work or deadline is nothing: keys stay finite."""
+
+
+def slack_s(waiting: Prefills, now_s: float) -> Floats:
+    """Seconds that each request could still wait: arrival + deadline - now - remaining prefill."""
+    return waiting.arrival_s + waiting.deadline_s - now_s - waiting.remaining_s
 
 
 def plain(keys: Floats) -> Ranked:

@@ -36,7 +36,9 @@ SPEC = Spec(
                 "eps": "fp32",
             },
             constants={"BLOCK": block, "WHOLE": whole},
+            multiples_of_16=("width",),
             num_warps=warps,
+            streams=True,
         )
         for dtype, block, whole, warps in (
             ("bf16", 4096, True, 4),

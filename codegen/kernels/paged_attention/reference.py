@@ -59,9 +59,9 @@ def paged_attention(
     many = [b for b, size in enumerate(sizes) if size > 1 and kv_lens[b]]
     own = inputs.slots_T[[starts[b] for b in many]].ge(0).tolist() if many else []
     for b, causal in zip(many, own, strict=True):
-        rows = slice(starts[b], starts[b + 1])
-        out_TNH[rows], lse_TN[rows] = _chunk(
-            q_TNH[rows],
+        span = slice(starts[b], starts[b + 1])
+        out_TNH[span], lse_TN[span] = _chunk(
+            q_TNH[span],
             _keys(k_pages, inputs.page_table_BP[b], kv_lens[b]),
             _keys(v_pages, inputs.page_table_BP[b], kv_lens[b]),
             scale,
@@ -75,7 +75,7 @@ def _keys(pages: torch.Tensor, table_P: torch.Tensor, tokens: int) -> torch.Tens
     used = -(-tokens // pages.shape[1])
     raw = pages.view(torch.uint8) if pages.element_size() == 1 else pages
     rows = raw[table_P[:used].long()].flatten(0, 1)[:tokens].view(pages.dtype)
-    return rows.transpose(0, 1).float()
+    return rows.transpose(0, 1).float().contiguous()
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +124,7 @@ def _decode(
     page_BP = page_table_BP[:, :used].reshape(-1)
     padded = used * k_pages.shape[1]
     k_BKSH, v_BKSH = (
-        _keys(pages, page_BP, batch * padded).unflatten(1, (batch, padded)).transpose(0, 1)
+        _keys(pages, page_BP, batch * padded).view(kv_heads, batch, padded, -1).transpose(0, 1)
         for pages in (k_pages, v_pages)
     )
     q_BKGH = q_BNH.float().view(batch, kv_heads, -1, head_dim)

@@ -36,7 +36,9 @@ SPEC = Spec(
                 "eps": "fp32",
             },
             constants={"BLOCK": block, "WHOLE": whole},
+            multiples_of_16=("stride_t", "stride_n", "width"),
             num_warps=warps,
+            streams=block > 1024,  # a short row has too few bytes for a warp's 512
         )
         for dtype, block, whole, warps in (
             ("bf16", 128, True, 1),

@@ -5,4 +5,4 @@ import torch
 
 def split(x_TO: torch.Tensor, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """Views of the last dim, cut by sizes."""
-    return x_TO.split(sizes, dim=-1)
+    return torch.split_with_sizes(x_TO, sizes, dim=-1)

@@ -5,4 +5,4 @@ import torch
 
 def split_heads(x_TO: torch.Tensor, head_dim: int) -> torch.Tensor:
     """x_TNH, a view."""
-    return x_TO.unflatten(-1, (-1, head_dim))
+    return x_TO.view(*x_TO.shape[:-1], -1, head_dim)

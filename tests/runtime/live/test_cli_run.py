@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from live_bundles import TOY_FILES, TOY_VOCAB, toy_answer, toy_plan, write_bundle
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers
 
@@ -133,6 +134,20 @@ def test_an_answer_ends_at_a_stop_token_a_stop_string_or_an_end_token(run, words
     assert list(token.token_ids) == expected[:2]
     assert text.finish_reason == "stop"
     assert WORDS[expected[2]] not in text.text.split()
+
+
+def test_the_weights_folder_names_end_tokens_also_without_a_tokenizer(run, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    save_file({}, weights / "model.safetensors")
+    expected = toy_answer([5, 6, 7], 9)
+    (weights / "generation_config.json").write_text(json.dumps({"eos_token_id": expected[3]}))
+    _, out, _ = run(
+        {"token_ids": [5, 6, 7], "max_tokens": 9},
+        {"token_ids": [5, 6, 7], "max_tokens": 9, "ignore_eos": True},
+        flags=("--weights", weights, "--tokenizer", "none"),
+    )
+    assert [list(result.token_ids) for result in results_of(out)] == [expected[:4], expected]
 
 
 # --- misfits ------------------------------------------------------------------------------------

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import make_plan
+from builders import make_plan, tiny_topology
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bundles import HandScheduler, with_pages, write_bundle
 
 import runtime.cli_run
 from codegen.emit import emit_program
-from plans.plan import Plan
 from planner.hf_config import read_config
+from plans.plan import Plan
 from runtime.clock import WallClock
 from runtime.engine import Engine
-from runtime.executor.live import LiveExecutor
+from runtime.executor.live import LiveExecutor, device_for
 from runtime.program import StageProgram, load_bundle
 from runtime.request import Request
 from runtime.sampling_params import SamplingParams
@@ -35,8 +35,9 @@ from runtime.weights import load_weights
 
 VOCAB = 131  # prime: nothing divides it by luck
 TOLERANCE = 1e-4
-"""A logit behind two layers ends a chain of about 2 x (64 + 128 + 64 + 128) + 64 fp32 additions of
-terms whose sums stay below 3 here: 832 x 2^-24 x 3 = 1.5e-4 if all roundings pushed one way."""
+"""A logit behind two layers ends a chain of about 2 x (64 + 128 + 64 + 128) + 64 fp32 additions.
+Their roundings, 2^-24 of sums below 4 each, add up like a random walk to sqrt(832) x 2^-24 x 4 =
+7e-6; more than ten times that does not come from rounding."""
 NEAR_TIE = 2 * TOLERANCE
 
 COMMON = {
@@ -96,7 +97,7 @@ class World:
         """An executor that notes its logits in `seen` by (request, position)."""
 
         def note(number: int, position: int, logits_V: torch.Tensor) -> None:
-            seen[number, position] = logits_V.clone()
+            seen[number, position] = logits_V.cpu().clone()
 
         return LiveExecutor(plan, self.program, self.weights, clock=WallClock(), on_logits=note)
 
@@ -112,9 +113,7 @@ class World:
             tokens = torch.tensor([[*prompt, *answer]])
             logits_TV = self.reference(tokens).logits[0, len(prompt) - 1 : -1]
         for position, (expected_V, token) in enumerate(zip(logits_TV, answer, strict=True)):
-            torch.testing.assert_close(
-                seen[number, position], expected_V, atol=TOLERANCE, rtol=0.0
-            )
+            torch.testing.assert_close(seen[number, position], expected_V, atol=TOLERANCE, rtol=0.0)
             best, second = expected_V.topk(2).values.tolist()
             assert token == int(expected_V.argmax()) or best - second <= NEAR_TIE
 
@@ -141,20 +140,26 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world("llama", tmp_path_factory.mktemp("world"))
 
 
-def make_world(kind: str, folder: Path) -> World:
+def make_world(kind: str, folder: Path, *, device: str = "cpu") -> World:
+    """A world on a device, with the `torch` target."""
     model = random_model(kind)
     checkpoint = folder / kind
     model.save_pretrained(checkpoint, max_shard_size="100KB")
-    plan = make_plan(model=read_config(checkpoint), rows=((64, 32), (256, 16)))
-    files = {name: text.decode() for name, text in emit_program(plan).files.items()}
+    plan = make_plan(
+        model=read_config(checkpoint),
+        rows=((64, 32), (256, 16)),
+        topology=tiny_topology(device=device),
+    )
+    program = emit_program(plan, target="torch")
+    files = {name: text.decode() for name, text in program.files.items()}
     bundle = write_bundle(folder / "bundle", plan, files)
-    program = load_bundle(bundle).load_stage(0)
-    weights = load_weights(checkpoint, program.parameters)
+    stage = load_bundle(bundle).load_stage(0)
+    weights = load_weights(checkpoint, stage.parameters, device=device_for(plan))
     return World(
         checkpoint=checkpoint,
         bundle=bundle,
         plan=plan,
-        program=program,
+        program=stage,
         weights=weights,
         reference=model,
     )
@@ -180,6 +185,18 @@ def test_one_request_in_chunks_of_any_size(world, chunk):
     hand.add(0, prompt, GREEDY)
     while len(hand.answers[0]) < 6:
         hand.step({0: min(chunk, hand.missing(0))})
+    world.assert_equal(0, prompt, hand.answers[0], seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_one_request_on_a_gpu(kind, tmp_path):
+    world = make_world(kind, tmp_path, device="h100-sxm-80gb")
+    prompt = prompt_of(100, seed=3)
+    hand, seen = world.hand()
+    hand.add(0, prompt, GREEDY)
+    while len(hand.answers[0]) < 6:
+        hand.step({0: min(16, hand.missing(0))})
     world.assert_equal(0, prompt, hand.answers[0], seen)
 
 
@@ -239,9 +256,7 @@ def test_recomputation_under_memory_pressure(world, policy):
     )
     for number, prompt in enumerate(prompts):
         executor.add_request(number, prompt, GREEDY)
-        engine.add(
-            Request(number=number, arrival_s=0.0, prompt_tokens=len(prompt), max_tokens=40)
-        )
+        engine.add(Request(number=number, arrival_s=0.0, prompt_tokens=len(prompt), max_tokens=40))
     engine.run()
     engine.book.check_integrity()
     assert sum(record.evictions for record in engine.records) > 0
@@ -253,7 +268,10 @@ def test_recomputation_under_memory_pressure(world, policy):
 def test_the_command_answers_as_transformers_generates(world, tmp_path, monkeypatch, capsysbinary):
     prompts = [prompt_of(tokens, seed=tokens) for tokens in (5, 80)]
     requests = tmp_path / "requests.jsonl"
-    lines = [json.dumps({"token_ids": prompt, "max_tokens": 12}) for prompt in prompts]
+    lines = [
+        json.dumps({"token_ids": prompt, "max_tokens": 12, "ignore_eos": True})
+        for prompt in prompts
+    ]
     requests.write_text("\n".join(lines))
     flags = ["--weights", world.checkpoint, "--requests", requests, "--tokenizer", "none"]
     monkeypatch.setattr(sys, "argv", [str(each) for each in ("medha-run", world.bundle, *flags)])

@@ -145,6 +145,16 @@ def test_logits_are_shown_with_their_request_and_position(program):
     assert [int(logits.argmax()) for _, _, logits in seen] == hand.answers[4]
 
 
+def test_a_warm_up_leaves_no_trace(program):
+    hand = HandScheduler(toy_plan(), executor_of(toy_plan(), program))
+    hand.executor.warm_up()
+    assert hand.executor.can_submit()
+    assert hand.executor.known_requests() == 0
+    hand.add(0, [1, 2], GREEDY)
+    hand.step({0: 2})
+    assert hand.answers[0] == toy_answer([1, 2], 1)
+
+
 def test_a_plan_for_several_ranks_is_refused_before_anything_is_loaded():
     topology = msgspec.structs.replace(toy_plan().topology, devices_per_node=2)
     plan = toy_plan(parallelism=Parallelism(kvp=2), topology=topology)

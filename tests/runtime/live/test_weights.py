@@ -125,7 +125,7 @@ def test_a_slice_of_a_random_tensor_is_the_tensor_sliced(data):
 def test_blocks_do_not_show_in_the_values(monkeypatch):
     source = Source(name="w", shape=(37, 5))
     whole = random_tensor(source)
-    monkeypatch.setattr(runtime.weights, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setitem(runtime.weights.BLOCK_ELEMENTS, "cpu", 12)
     assert torch.equal(random_tensor(source), whole)
 
 

@@ -1,0 +1,54 @@
+"""Renews the command output that the README shows: `python bench/readme.py`, or `--check` it.
+
+A block starts with the comment `<!-- output: COMMAND -->` and is the fenced text behind it. The
+commands run one after the other in a temporary folder, so a later one sees what an earlier one
+wrote. Lines that hold real time (`simulated in`) are left out: they differ from run to run.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BLOCK = re.compile(
+    r"(<!-- output: (?P<command>.+?) -->\n```text\n)(?P<text>.*?)(?=```\n)", re.DOTALL
+)
+COLUMNS = "100"
+
+
+def main() -> int:
+    """Rewrites the README, or with --check returns 1 where it would change."""
+    old = README.read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        new = BLOCK.sub(lambda block: block[1] + output(block["command"], folder), old)
+    if "--check" not in sys.argv[1:]:
+        README.write_text(new)
+        return 0
+    if new != old:
+        print(f"{README.name} shows old output; renew it: python bench/readme.py", file=sys.stderr)
+    return int(new != old)
+
+
+def output(command: str, folder: str) -> str:
+    """Stdout of a command of this project behind a prompt, trailing blanks removed."""
+    name, *arguments = shlex.split(command)
+    result = subprocess.run(
+        [Path(sys.executable).parent / name, *arguments],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": COLUMNS, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.rstrip() for line in result.stdout.splitlines() if "simulated in" not in line]
+    shown = "\n".join(["$ " + command, *lines])
+    return re.sub(r"\n{3,}", "\n\n", shown).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
