@@ -78,10 +78,15 @@ def _keys(pages: torch.Tensor, table_P: torch.Tensor, tokens: int) -> torch.Tens
     return rows.transpose(0, 1).float().contiguous()
 
 
-def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the last dim, and its log sum."""
-    lse = logits.logsumexp(-1)
-    return torch.exp(logits - lse[..., None]), lse
+def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(logits - their largest) in place of the logits, its sum over the last dim, the log sum.
+
+    The caller divides what it weighs by the sum, which is smaller than the logits are.
+    """
+    top = logits.amax(-1, keepdim=True)
+    share = logits.sub_(top).exp_()
+    total = share.sum(-1, keepdim=True)
+    return share, total, (top + total.log()).squeeze(-1)
 
 
 def _chunk(
@@ -95,15 +100,15 @@ def _chunk(
     for first in range(0, tokens, block):
         rows = min(block, tokens - first)
         seen = keys - tokens + first + rows if causal else keys  # of the block's last query
-        q_KRH = q_TNH[first : first + rows].float().transpose(0, 1).reshape(kv_heads, -1, head_dim)
-        logits_NRS = (q_KRH @ k_KSH[:, :seen].mT * scale).view(heads, rows, seen)
-        if causal:
-            last_R = seen - rows + torch.arange(rows, device=q_TNH.device)
-            after_RS = torch.arange(seen, device=q_TNH.device) > last_R[:, None]
-            logits_NRS = logits_NRS.masked_fill_(after_RS, -torch.inf)
-        share_NRS, lse_NR = _softmax(logits_NRS)
+        q_NRH = q_TNH[first : first + rows].transpose(0, 1).float() * scale
+        q_KRH = q_NRH.reshape(kv_heads, -1, head_dim)  # the rows of all heads of a group
+        logits_NRS = (q_KRH @ k_KSH[:, :seen].mT).view(heads, rows, seen)
+        if causal:  # the block's own keys stand last
+            row_R = torch.arange(rows, device=q_TNH.device)
+            logits_NRS[..., seen - rows :].masked_fill_(row_R > row_R[:, None], -torch.inf)
+        share_NRS, total_NR1, lse_NR = _softmax(logits_NRS)
         out_KRH = share_NRS.view(kv_heads, -1, seen) @ v_KSH[:, :seen]
-        outs.append(out_KRH.view(heads, rows, head_dim).transpose(0, 1))
+        outs.append((out_KRH.view(heads, rows, head_dim) / total_NR1).transpose(0, 1))
         lses.append(lse_NR.T)
     return torch.cat(outs).to(q_TNH.dtype), torch.cat(lses)
 
@@ -127,10 +132,12 @@ def _decode(
         _keys(pages, page_BP, batch * padded).view(kv_heads, batch, padded, -1).transpose(0, 1)
         for pages in (k_pages, v_pages)
     )
-    q_BKGH = q_BNH.float().view(batch, kv_heads, -1, head_dim)
-    logits_BKGS = q_BKGH @ k_BKSH.mT * scale
+    q_BKGH = (q_BNH.float() * scale).view(batch, kv_heads, -1, head_dim)
+    logits_BKGS = q_BKGH @ k_BKSH.mT
     past_BS = torch.arange(padded, device=q_BNH.device) >= kv_lens_B[:, None]
-    share_BKGS, lse_BKG = _softmax(logits_BKGS.masked_fill_(past_BS[:, None, None], -torch.inf))
+    share_BKGS, total_BKG1, lse_BKG = _softmax(
+        logits_BKGS.masked_fill_(past_BS[:, None, None], -torch.inf)
+    )
     # a page's unwritten tail may hold anything, and 0 x NaN is NaN
-    out_BKGH = share_BKGS @ v_BKSH.masked_fill(past_BS[:, None, :, None], 0.0)
+    out_BKGH = share_BKGS @ v_BKSH.masked_fill(past_BS[:, None, :, None], 0.0) / total_BKG1
     return out_BKGH.reshape(batch, heads, head_dim).to(q_BNH.dtype), lse_BKG.reshape(batch, heads)
