@@ -74,8 +74,10 @@ def add_sharded_chunk(
 class WorkTable:
     """Predicted seconds of lone prefills: W(n) of LARS, by the stage recursion.
 
-    Chunk i enters stage k when chunk i left stage k-1 and chunk i-1 left stage k. The boundaries of
-    full chunks are computed once, up to the longest prompt asked for; a query adds one chunk.
+    Chunk i enters stage k when chunk i left stage k-1 and chunk i-1 left stage k; with p stages it
+    enters the first no sooner than chunk i-p left the last, since no more steps are in flight than
+    there are stages. The boundaries of full chunks are computed once, up to the longest prompt asked
+    for; a query adds one chunk.
     """
 
     def __init__(self, rows: tuple[ChunkRow, ...], step_time: StepTime, shard_tokens: int) -> None:
@@ -86,14 +88,16 @@ class WorkTable:
         self._ends = [0]  # prefix at each boundary
         self._left = [tuple(0.0 for _ in range(step_time.stages))]  # when it left each stage
 
-    def _advance(self, left: tuple[float, ...], tokens: int, prefix: int) -> tuple[float, ...]:
-        """When a chunk leaves each stage, from when the chunk before it did."""
+    def _advance(self, at: int, tokens: int) -> tuple[float, ...]:
+        """When the chunk behind boundary `at` leaves each stage."""
+        left, prefix = self._left[at], self._ends[at]
         shard = self._shard_tokens
         load = StepLoad(self._time)
         # All older shards are alike, and never faster than the newest: they are full.
         add_sharded_chunk(load, tokens, prefix, shard, behind=int(prefix >= shard))
         after = []
-        arrival = 0.0
+        before = at + 1 - len(left)
+        arrival = self._left[before][-1] if before > 0 else 0.0
         for free, seconds in zip(left, load.stages_s(), strict=True):
             arrival = max(arrival, free) + seconds
             after.append(arrival)
@@ -106,12 +110,11 @@ class WorkTable:
         while self._ends[-1] < tokens:
             prefix = self._ends[-1]
             chunk = _next_chunk(self._rows, prefix, self._shard_tokens)
-            self._left.append(self._advance(self._left[-1], chunk, prefix))
+            self._left.append(self._advance(len(self._left) - 1, chunk))
             self._ends.append(prefix + chunk)
         at = bisect_right(self._ends, tokens) - 1
         rest = tokens - self._ends[at]
-        left = self._left[at]
-        return (self._advance(left, rest, self._ends[at]) if rest else left)[-1]
+        return (self._advance(at, rest) if rest else self._left[at])[-1]
 
     def remaining_s(self, tokens: int, done_tokens: int) -> float:
         """Seconds of a prefill that are left after done_tokens: W(tokens) - W(done), at least 0."""

@@ -1,1 +1,1 @@
-"""Executes a plan: one engine loop, a simulated and a live executor, and the commands around them."""
+"""Executes a plan: one engine loop, a simulated and a live executor, and their commands."""

@@ -111,6 +111,11 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
             source = plan.workload if trace is None else trace
             load = _seeded(load, each)
             offered = offer(source, load, context_tokens=plan.limits.context_tokens)
+            if served and offered.requests == served[-1].offered.requests:
+                raise UsageError(
+                    f"--seeds {seeds}: {offered.source} at its own times has nothing random;"
+                    " use --arrivals poisson, or one seed"
+                )
             for name in policies:
                 label = f"{name}, seed {each}" if seeds > 1 else name
                 watch = _Watch(progress, label, offered, plan, keep=timeline is not None)

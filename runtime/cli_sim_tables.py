@@ -123,7 +123,7 @@ def _cell(cells: list[Cell]) -> str:
     if not values:
         return "-"
     shown = _show(median(values), kind)
-    if len(values) > 1:
+    if min(values) < max(values):
         shown += f" ({_show(min(values), kind)}..{_show(max(values), kind)})"
     return shown
 

@@ -14,6 +14,10 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# One thread: the models of the tests are so small that more threads only wait for each other, and
+# torch reads the variable once, when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests never time, so a slow example is no failure; CI draws the same examples in every run.
 hypothesis.settings.register_profile(
     "medha",

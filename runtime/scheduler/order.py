@@ -1,6 +1,7 @@
 """Candidates in rank order, sorted only as far as they are drawn."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,3 +24,48 @@ def in_order(keys: Array, numbers: Array) -> Iterator[int]:
             chosen, left = left, left[:0]
         yield from chosen[np.lexsort((numbers[chosen], keys[chosen]))].tolist()
         block *= 4
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A waiting request with what the policy says of it."""
+
+    number: int
+    long: bool
+    share: float
+    """Yield."""
+
+
+class Queue:
+    """Candidates in rank order, drawn once and kept; iterating twice draws nothing twice."""
+
+    def __init__(
+        self, *, keys: Array, numbers: Array, long: Array, yields: Array, most: int
+    ) -> None:
+        """Columns of one length, not views; at most `most` candidates are drawn."""
+        self._numbers = numbers
+        self._long = long
+        self._yields = yields
+        self._most = min(most, len(keys))
+        self._order = in_order(keys, numbers)
+        self._drawn: list[Candidate] = []
+
+    def __len__(self) -> int:
+        """Candidates that can be drawn."""
+        return self._most
+
+    def __iter__(self) -> Iterator[Candidate]:
+        """From the first on."""
+        return self.since(0)
+
+    def since(self, first: int) -> Iterator[Candidate]:
+        """From a place in the order on."""
+        for place in range(first, self._most):
+            while len(self._drawn) <= place:
+                row = next(self._order)
+                self._drawn.append(
+                    Candidate(
+                        int(self._numbers[row]), bool(self._long[row]), float(self._yields[row])
+                    )
+                )
+            yield self._drawn[place]

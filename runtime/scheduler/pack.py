@@ -9,7 +9,6 @@ Shared by all policies, so that none can break a budget. Invariants:
 - what does not fit is passed over, and time that nobody claimed goes to whom it would have fed
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +21,7 @@ from runtime.scheduler import Scheduling
 from runtime.scheduler.commit import StepMaker
 from runtime.scheduler.loads import GroupLoads
 from runtime.scheduler.memory import Room, make_room
-from runtime.scheduler.order import in_order
+from runtime.scheduler.order import Candidate, Queue
 
 MISSES = 256
 """Candidates passed over in one step before the scan ends; bounds the time of a decision."""
@@ -53,17 +52,10 @@ class Draft:
     members: set[int] = field(default_factory=set)
     long_groups: set[int] = field(default_factory=set)
     misses: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A waiting request with what the policy says of it."""
-
-    number: int
-    long: bool
-    demoted: bool
-    share: float
-    """Yield."""
+    hopeless: tuple[float, int] = (0.0, 0)
+    """(limit, prefix): within that limit no least chunk behind that prefix, or more, fits."""
+    fits: tuple[int, float, bool] = (-1, 0.0, True)
+    """Chunks placed, limit, and whether a fresh prompt still fitted then."""
 
 
 class Packer:
@@ -148,14 +140,12 @@ class Packer:
 
     def _prefills(self, draft: Draft, now_s: float) -> None:
         """Places chunks in rank order."""
-        candidates = self._candidates(now_s)
-        normal = [each for each in candidates if not each.demoted]
-        demoted = [each for each in candidates if each.demoted]
+        normal, demoted = self._queues(now_s)
         decode_s = draft.loads.seconds()
         spare_s = max(draft.budget_s - decode_s, 0.0)
         share = self._config.best_effort_share
         limit_s = draft.budget_s
-        if normal and demoted and spare_s < float("inf"):
+        if len(normal) and len(demoted) and spare_s < float("inf"):
             limit_s -= share * spare_s
         self._place_all(draft, normal, limit_s, least=True)
         turn = self._book.steps % round(1 / share) == 0  # progress of the demoted without any spare
@@ -164,38 +154,33 @@ class Packer:
             self._enlarge(draft)
             self._place_all(draft, normal, draft.budget_s, least=False)
 
-    def _candidates(self, now_s: float) -> list[Candidate]:
-        """Waiting requests in rank order, as many as a step can look at."""
+    def _queues(self, now_s: float) -> tuple[Queue, Queue]:
+        """Waiting requests in rank order: those that can be in time, and the demoted."""
         book = self._book
         prefills = book.prefills()
         ranked = self._scheduling.policy.rank(prefills, now_s=now_s)
         resident = len(book.sequences) - int((~prefills.started).sum())
-        only = np.ones(len(prefills), dtype=np.bool_)
-        if resident >= self._plan.limits.sequences:
-            only = prefills.started
         self._starts = self._plan.limits.sequences - resident
+        only = prefills.started if self._starts <= 0 else None
         most = 1 if self._scheduling.one_prompt else MISSES
-        found = []
-        for demoted in (False, True):
-            pool = np.flatnonzero(only & (ranked.demoted == demoted))
-            for index in _first(in_order(ranked.keys[pool], prefills.number[pool]), most):
-                row = pool[index]
-                found.append(
-                    Candidate(
-                        number=int(prefills.number[row]),
-                        long=bool(prefills.long[row]),
-                        demoted=demoted,
-                        share=float(ranked.yields[row]),
-                    )
+        queues = []
+        for chosen in (~ranked.demoted, ranked.demoted):
+            rows = np.flatnonzero(chosen if only is None else chosen & only)
+            queues.append(
+                Queue(
+                    keys=ranked.keys[rows],
+                    numbers=prefills.number[rows],
+                    long=prefills.long[rows],
+                    yields=ranked.yields[rows],
+                    most=most,
                 )
-        return found
+            )
+        return queues[0], queues[1]
 
-    def _place_all(
-        self, draft: Draft, candidates: list[Candidate], limit_s: float, *, least: bool
-    ) -> None:
+    def _place_all(self, draft: Draft, queue: Queue, limit_s: float, *, least: bool) -> None:
         """Places candidates in order until the limit; the first one makes its least progress."""
         waiting_longs = []
-        for index, candidate in enumerate(candidates):
+        for index, candidate in enumerate(queue):
             if candidate.number in draft.members:
                 continue
             if self._full(draft, limit_s) and not least:
@@ -206,28 +191,35 @@ class Packer:
                     continue
                 if candidate.share > 0:
                     yielded_s = draft.loads.seconds() + candidate.share * draft.budget_s
-                    shorts = [each for each in candidates[index + 1 :] if not each.long]
-                    self._place_shorts(draft, shorts, min(limit_s, yielded_s))
+                    self._place_shorts(draft, queue, index + 1, min(limit_s, yielded_s))
             if self._place(draft, candidate, limit_s, least=least):
                 least = False
         for candidate in waiting_longs:  # only time that nobody else could use
             if not self._full(draft, limit_s):
                 self._place(draft, candidate, limit_s, least=False)
 
-    def _place_shorts(self, draft: Draft, shorts: list[Candidate], limit_s: float) -> None:
-        for candidate in shorts:
+    def _place_shorts(self, draft: Draft, queue: Queue, first: int, limit_s: float) -> None:
+        """Places short requests behind a long one, from a place in the queue on."""
+        for candidate in queue.since(first):
             if self._full(draft, limit_s):
                 return
-            if candidate.number not in draft.members:
+            if not candidate.long and candidate.number not in draft.members:
                 self._place(draft, candidate, limit_s, least=False)
 
     def _full(self, draft: Draft, limit_s: float) -> bool:
         """Whether not even a least chunk of a fresh prompt fits into any group."""
         if draft.misses >= MISSES:
             return True
+        placed, limit_then_s, fits = draft.fits
+        if placed != len(draft.placed) or limit_s != limit_then_s:
+            fits = self._fits_fresh(draft, limit_s)
+            draft.fits = len(draft.placed), limit_s, fits
+        return not fits
+
+    def _fits_fresh(self, draft: Draft, limit_s: float) -> bool:
         least = self._config.min_chunk_tokens
         most = self._scheduling.chunk_tokens or self._config.max_step_tokens
-        return not any(
+        return any(
             draft.loads.tokens(group, 0) < most
             and draft.loads.largest_chunk(group, 0, limit_s, least) >= least
             for group in range(self._plan.parallelism.kvp)
@@ -243,10 +235,14 @@ class Packer:
         sequence = book.sequences[candidate.number]
         fresh = sequence.scheduled == 0
         if fresh and self._starts <= 0:
+            draft.misses += 1
             return False
         if fresh and not sequence.pages:
             sequence.home = self._home(draft)
         prefix = sequence.scheduled
+        if not least and self._hopeless(draft, sequence, limit_s):
+            draft.misses += 1
+            return False
         most = self._most(sequence, draft.loads.tokens(sequence.home, prefix))
         floor = min(config.min_chunk_tokens, sequence.missing, most)
         tokens = draft.loads.largest_chunk(sequence.home, prefix, limit_s, most)
@@ -255,6 +251,8 @@ class Packer:
             tokens = floor
         if floor <= 0 or tokens < floor:
             draft.misses += 1
+            if floor == config.min_chunk_tokens:
+                draft.hopeless = limit_s, prefix
             return False
         tokens = self._with_pages(draft, sequence, tokens, floor)
         if tokens <= 0:
@@ -267,6 +265,20 @@ class Packer:
         if candidate.long:
             draft.long_groups |= self._long_groups(candidate.number)
         return True
+
+    def _hopeless(self, draft: Draft, sequence: Sequence, limit_s: float) -> bool:
+        """Whether a chunk behind no longer a prefix did not fit before, and nothing got better.
+
+        A step only fills up and its time rises with the prefix; with several groups a longer
+        prefix may lie in an emptier group, so there nothing is concluded.
+        """
+        limit_then_s, prefix = draft.hopeless
+        return (
+            limit_s <= limit_then_s
+            and sequence.scheduled >= prefix
+            and sequence.missing >= self._config.min_chunk_tokens
+            and self._plan.parallelism.kvp == 1
+        )
 
     def _most(self, sequence: Sequence, in_group: int) -> int:
         """Largest chunk that the request, the schedule, its shard and the step's size allow.
@@ -358,12 +370,3 @@ class Packer:
             loads.add_chunk(home, placed.tokens, prefix)
             draft.loads = loads
             return
-
-
-def _first(items: Iterator[int], count: int) -> Iterator[int]:
-    """At most `count` items; draws no further."""
-    for _ in range(count):
-        item = next(items, None)
-        if item is None:
-            return
-        yield item

@@ -22,11 +22,11 @@ def work(draw: st.DrawFn) -> tuple[tuple, StepTime, int]:
 
 
 def simulated_s(rows, time: StepTime, shard: int, tokens: int) -> float:
-    """First token of a lone prompt, event by event: chunks in a queue before each stage."""
-    ready = [(0.0, chunk, prefix) for chunk, prefix in split_prompt(rows, tokens, shard)]
-    for stage in range(time.stages):
-        clock, done = 0.0, []
-        for arrival, chunk, prefix in ready:
+    """First token of a lone prompt, chunk by chunk: at most as many in flight as stages."""
+    free, done = [0.0] * time.stages, []
+    for index, (chunk, prefix) in enumerate(split_prompt(rows, tokens, shard)):
+        clock = done[index - time.stages] if index >= time.stages else 0.0
+        for stage in range(time.stages):
             groups = prefix // shard + 1
             pace = time.stage_s(stage, [(chunk, prefix % shard)], kvp_groups=groups)
             if (
@@ -34,10 +34,10 @@ def simulated_s(rows, time: StepTime, shard: int, tokens: int) -> float:
             ):  # an older group reads a whole shard instead, and sets the pace if slower
                 longer = older(time, chunk, shard) - causal(time, chunk, prefix % shard)
                 pace += time.stage_layers[stage] * max(longer, 0.0)
-            clock = max(clock, arrival) + pace
-            done.append((clock, chunk, prefix))
-        ready = done
-    return ready[-1][0]
+            clock = max(clock, free[stage]) + pace
+            free[stage] = clock
+        done.append(clock)
+    return done[-1]
 
 
 def causal(time: StepTime, chunk: int, prefix: int) -> float:

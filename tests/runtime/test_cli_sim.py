@@ -160,6 +160,15 @@ def test_wrong_usage_exits_with_2_and_says_why(tmp_path, monkeypatch, capsys, fl
     assert status == 2
 
 
+def test_seeds_of_a_trace_without_anything_random_are_refused(tmp_path, monkeypatch, capsys):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,16,4\n1,90,4\n")
+    flags = ("--trace", trace, "--seeds", 2)
+    status, errors = failure(monkeypatch, capsys, bundle(tmp_path), *flags)
+    assert (status, "has nothing random" in errors) == (2, True)
+    assert len(json_of(bundle(tmp_path), *flags, "--qps", 5, "--arrivals", "poisson")["runs"]) == 2
+
+
 def test_a_bundle_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
     status, errors = failure(monkeypatch, capsys, tmp_path / "none")
     assert status == 2

@@ -51,7 +51,10 @@ class EngineSteps(ABC):
     def pack(self, now_s: float) -> Step | None:
         """The next step; None where nothing can run now."""
         self.admitted = [number for number in self.admitted if number in self.book.sequences]
+        held = len(self.admitted)
         draft = self.compose(now_s)
+        if draft.empty and len(self.admitted) < held:
+            draft = self.compose(now_s)  # a decode gave up its pages: others can use them now
         if draft.empty:
             return None
         return self._maker.make(np.array(sorted(draft.decodes), dtype=np.int64), draft.chunks)

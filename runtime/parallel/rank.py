@@ -1,0 +1,144 @@
+"""What one rank does in a step, whoever feeds it: its rows, its tensors, its stage, its tokens.
+
+Shared by the executor of one process and by the workers of many.
+
+Letters as in plans/ops.py: T tokens, D hidden, R sampled rows, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from plans.errors import MedhaError
+from plans.mesh import Coordinates
+from plans.ops import Comm
+from plans.plan import Plan
+from runtime.parallel.inputs import PackedInputs, pack, page_pool, rows_of_group, sampled_rows
+from runtime.parallel.table import RequestTable, Row, State
+from runtime.program import StageProgram
+from runtime.sampling import sample
+from runtime.sampling_params import SamplingParams
+
+WARM_UP_TOKENS = 32
+
+OnLogits = Callable[[int, int, Tensor], None]
+"""Called with (request, tokens generated before, logits_V) for each sampled row."""
+
+
+class Alone:
+    """Comm of plans/ops.py for the only rank: every collective is the identity."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over one rank."""
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The join of one share."""
+        return x
+
+    def vocab_offset(self, share: int) -> int:
+        """One rank holds the vocabulary from its first row."""
+        return 0
+
+    def merge(self, out_TNH: Tensor, lse_TN: Tensor) -> Tensor:
+        """The merge of one group's attention."""
+        return out_TNH
+
+
+class Rank:
+    """One rank's stage, weights, pages and request table."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        place: Coordinates,
+        program: StageProgram,
+        weights: dict[str, Tensor],
+        comm: Comm,
+        device: torch.device,
+    ) -> None:
+        """Allocates the whole page pool at once; raises MedhaError where it does not fit."""
+        self.plan = plan
+        self.place = place
+        self.device = device
+        self.table = RequestTable()
+        self._program = program
+        self._weights = weights
+        self._comm = comm
+        self._cache = page_pool(plan, place, device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the stage reads tokens."""
+        return self.place.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage yields logits."""
+        return self.place.stage == self.plan.parallelism.spp - 1
+
+    def rows(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that this rank's group runs."""
+        return rows_of_group(self.plan, rows, self.place.group)
+
+    def inputs(self, rows: Sequence[Row]) -> PackedInputs:
+        """Tensors of this rank's rows, but for the hidden states."""
+        return pack(self.plan, rows, self.place.group, self.device)
+
+    def forward(self, inputs: PackedInputs) -> Tensor:
+        """Runs the stage: hidden_TD, or logits_RV on the last one."""
+        out: Tensor = self._program.forward(self._weights, inputs, self._cache, self._comm)
+        return out
+
+    def draw(
+        self, logits_RV: Tensor, rows: Sequence[Row], on_logits: OnLogits | None = None
+    ) -> dict[int, int]:
+        """Token by request of the rows that this group samples; the table does not change."""
+        sampled = sampled_rows(self.plan, rows, self.place.group)
+        if not sampled:
+            return {}
+        positions = [len(row.state.tokens) - row.state.prompt_tokens for row in sampled]
+        if on_logits is not None:
+            for row, position, logits_V in zip(sampled, positions, logits_RV, strict=True):
+                on_logits(row.number, position, logits_V)
+        drawn = sample(logits_RV, [row.state.sampling for row in sampled], positions)
+        return {row.number: token for row, token in zip(sampled, drawn, strict=True)}
+
+    def warm_up_rows(self) -> list[list[Row]]:
+        """A chunk and a decode for nobody in every group, on pages that no request holds yet."""
+        tokens = min(WARM_UP_TOKENS, self.plan.kv.page_tokens)
+        state = State(tokens=[0] * (tokens + 1), prompt_tokens=1, sampling=SamplingParams())
+        state.grow(0, (0, self.plan.kv.pages_per_rank - 1))
+        return [
+            [
+                Row(
+                    number=-1,
+                    state=state,
+                    prefix=prefix,
+                    tokens=count,
+                    home=self.place.group,
+                    samples=True,
+                )
+            ]
+            for prefix, count in ((0, tokens), (tokens, 1))
+        ]
+
+    def synchronise(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Turns what torch and Triton raise into an error that says what ran where."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise MedhaError(
+                f"{what} ran out of memory on {self.device}: {error}; free the device, or plan "
+                "with fewer pages or a smaller scheduler.max_step_tokens"
+            ) from error
+        except RuntimeError as error:
+            raise MedhaError(f"{what} failed on {self.device}: {error}") from error
