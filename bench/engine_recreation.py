@@ -10,7 +10,7 @@ over seeds is within 25 % of it; the spread over seeds says how much one run mea
 """
 
 import argparse
-import datetime
+import datetime as dt
 import platform
 import subprocess
 import sys
@@ -148,16 +148,16 @@ def _solo_s(step_time: StepTime, prompt: int) -> float:
 
 def plan_with(step_time: StepTime) -> Plan:
     """The planner's plan for one H200, with the fitted times and vLLM's limits."""
+    question = "--model llama3-8b-1048k --gpus 1 --hardware h200 --max-context 262144"
+    flags = [*question.split(), "--no-kernels", "--overwrite", "--out"]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, "-c", "from planner.cli_plan import main; main()"]
-            + ["--model", "llama3-8b-1048k", "--gpus", "1", "--hardware", "h200"]
-            + ["--max-context", "262144", "--no-kernels", "--out", f"{folder}/plan"],
+            [sys.executable, "-c", "from planner.cli_plan import main; main()", *flags, folder],
             check=True,
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
         )
-        plan = load_plan(Path(folder) / "plan" / "plan.yaml")
+        plan = load_plan(Path(folder) / "plan.yaml")
     row = ChunkRow(until_tokens=plan.limits.context_tokens, chunk_tokens=SOLO_CHUNK, predicted_s=0)
     return msgspec.structs.replace(
         plan,
@@ -231,15 +231,19 @@ def simulated(fixed: str, seeds: int) -> Simulated:
 
 def report(seeds: int, command: str) -> str:
     """The whole comparison as Markdown."""
-    today = datetime.datetime.now(tz=datetime.UTC).date()
+    today = dt.datetime.now(tz=dt.UTC).date()
     lines = [
         "# Re-created vLLM steps against vLLM 0.25.1 on one H200",
         "",
-        f"Date {today}. Command: `{command}`. Python {platform.python_version()}, numpy "
-        f"{np.__version__}, {seeds} seeds of arrivals. Simulated figures are virtual time under "
-        "step times that were fitted on lone requests alone; no GPU was used.",
-        "Measured: one H200, vLLM 0.25.1, Llama-3-8B shape, bf16, 22 November 2026, single runs "
-        "whose arrivals were not recorded.",
+        (
+            f"Date {today}. Command: `{command}`. Python {platform.python_version()}, numpy "
+            f"{np.__version__}, {seeds} seeds of arrivals. Simulated figures are virtual time "
+            "under step times that were fitted on lone requests alone; no GPU was used."
+        ),
+        (
+            "Measured: one H200, vLLM 0.25.1, Llama-3-8B shape, bf16, 22 November 2026, single "
+            "runs whose arrivals were not recorded."
+        ),
         "",
     ]
     found = {fixed: simulated(fixed, seeds) for fixed in FIXED}
@@ -252,8 +256,10 @@ def report(seeds: int, command: str) -> str:
         burst = found[fixed].burst_tokens_per_s
         lines += [
             "",
-            f"Burst of {BURST}: measured {BURST_TOKENS_PER_S:,.0f} tokens/s, simulated "
-            f"{burst:,.0f} ({burst / BURST_TOKENS_PER_S - 1:+.1%}).",
+            (
+                f"Burst of {BURST}: measured {BURST_TOKENS_PER_S:,.0f} tokens/s, simulated "
+                f"{burst:,.0f} ({burst / BURST_TOKENS_PER_S - 1:+.1%})."
+            ),
             "",
         ]
     return "\n".join([*lines, *_alike(found["front"])]) + "\n"
@@ -276,9 +282,11 @@ def _fit_lines(fitted: Fit) -> list[str]:
     return [
         *lines,
         "",
-        f"Fixed {1e3 * fitted.front_s:.1f} ms a request; overhead {1e3 * time.overhead_s:.2f} ms a "
-        f"step; products of a layer {products} tokens; {1e12 * time.pair_s:.1f} ps a pair and "
-        f"layer; memory at {fitted.bytes_per_s / 1e12:.2f} TB/s.",
+        (
+            f"Fixed {1e3 * fitted.front_s:.1f} ms a request; overhead {1e3 * time.overhead_s:.2f} ms "
+            f"a step; products of a layer {products} tokens; {1e12 * time.pair_s:.1f} ps a pair and "
+            f"layer; memory at {fitted.bytes_per_s / 1e12:.2f} TB/s."
+        ),
     ]
 
 
@@ -310,9 +318,11 @@ def _alike(found: Simulated) -> list[str]:
     lines = [
         f"## Arrivals like the measured ones (fit `front`): {alike.sum()} of {len(alike)} seeds",
         "",
-        "Both measured runs probably had one stream of arrivals. Here are the seeds for which "
-        f"`{first}` has all three short TTFT within {WITHIN:.0%} of its measurement. Step times "
-        "are the same as above; only `threshold@vllm` is a prediction here:",
+        (
+            "Both measured runs probably had one stream of arrivals. Here are the seeds for which "
+            f"`{first}` has all three short TTFT within {WITHIN:.0%} of its measurement. Step "
+            "times are the same as above; only `threshold@vllm` is a prediction here:"
+        ),
         "",
     ]
     if not alike.any():

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from plans.plan import Plan
     from runtime.arrivals import Load, Offered
     from runtime.cli_sim_tables import Served
+    from runtime.engine import Log
     from runtime.metrics import Summary
     from runtime.simulate import Run
     from runtime.timeline import Recorder
@@ -91,6 +93,16 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
         Path | None,
         typer.Option(metavar="FILE", help="TTFT distributions as .png, .svg or .pdf."),
     ] = None,
+    decisions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the decision log of a single run, JSON lines."),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Decide a decision log again and compare; serves nothing else."
+        ),
+    ] = None,
 ) -> None:
     """Serve requests in virtual time, by the plan's own step times, without any GPU."""
     from plans.check import load_plan
@@ -99,8 +111,12 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     from runtime.simulate import simulate
 
     plan = load_plan(bundle / "plan.yaml" if bundle.is_dir() else bundle)
+    if replay is not None:
+        _replay(plan, replay)
+        return
     policies = list(dict.fromkeys(policy or [plan.scheduler.policy]))
-    _check_flags(plan, policies, runs=len(policies) * seeds, timeline=timeline, plot=plot)
+    single = {"--timeline": timeline, "--decisions": decisions}
+    _check_flags(plan, policies, runs=len(policies) * seeds, single=single, plot=plot)
     load = Load(qps=qps, duration_s=duration, seed=seed, arrivals=arrivals)
     if trace is None and qps is None:
         load = _default_load(plan, load)
@@ -119,7 +135,8 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
             for name in policies:
                 label = f"{name}, seed {each}" if seeds > 1 else name
                 watch = _Watch(progress, label, offered, plan, keep=timeline is not None)
-                run = simulate(plan, offered.requests, name, observe=watch.replica)
+                with _decision_log(decisions, plan, name) as log:
+                    run = simulate(plan, offered.requests, name, observe=watch.replica, log=log)
                 watch.done(run)
                 recorders += watch.recorders
                 summary = _summary(plan, offered, run, name)
@@ -142,7 +159,12 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
 
 
 def _check_flags(
-    plan: "Plan", policies: list[str], *, runs: int, timeline: Path | None, plot: Path | None
+    plan: "Plan",
+    policies: list[str],
+    *,
+    runs: int,
+    single: dict[str, Path | None],
+    plot: Path | None,
 ) -> None:
     """Refuses before anything long starts."""
     from runtime.plot import check_format
@@ -150,10 +172,41 @@ def _check_flags(
 
     for name in policies:
         load_policy(name, plan.scheduler)
-    if timeline is not None and runs > 1:
-        raise UsageError(f"--timeline shows one run; this would be {runs}: one policy, one seed")
+    for flag, path in single.items():
+        if path is not None and runs > 1:
+            raise UsageError(f"{flag} holds one run; this would be {runs}: one policy, one seed")
+    if single["--decisions"] is not None and plan.parallelism.replicas > 1:
+        raise UsageError(
+            f"--decisions holds one engine; {plan.name} has {plan.parallelism.replicas} replicas"
+        )
     if plot is not None:
         check_format(plot)
+
+
+@contextmanager
+def _decision_log(path: Path | None, plan: "Plan", policy: str) -> "Iterator[Log | None]":
+    """A log that appears under its name when the run is over."""
+    if path is None:
+        yield None
+        return
+    from runtime.decisions import DecisionLog
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield DecisionLog(file, plan, policy)
+        partial.replace(path)
+    except OSError as error:
+        raise InvalidFile(str(path), "", f"cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _replay(plan: "Plan", path: Path) -> None:
+    from runtime.decisions import read_log, replay
+
+    done = replay(plan, read_log(path), str(path))
+    print(f"{path}: {done.steps} steps, {len(done.records)} requests, decided alike")
 
 
 def _default_load(plan: "Plan", load: "Load") -> "Load":

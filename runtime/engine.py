@@ -50,6 +50,26 @@ class Observer(Protocol):
         ...
 
 
+class Log(Protocol):
+    """Keeps every input of the decisions, in order (decisions.py)."""
+
+    def arrived(self, request: Request, now_s: float) -> None:
+        """A request was admitted."""
+        ...
+
+    def cancelled(self, number: int, now_s: float) -> None:
+        """A request was cancelled from outside."""
+        ...
+
+    def packed(self, step: Step | None, now_s: float) -> None:
+        """The composer was asked for a step."""
+        ...
+
+    def collected(self, result: StepResult, stops: dict[int, str]) -> None:
+        """A step ended; stops are the requests that ended by their text."""
+        ...
+
+
 class Engine:
     """Serves requests on one replica of a plan."""
 
@@ -62,6 +82,7 @@ class Engine:
         *,
         on_token: OnToken | None = None,
         observer: Observer | None = None,
+        log: Log | None = None,
         learn: bool = False,
     ) -> None:
         """Starts empty.
@@ -79,6 +100,8 @@ class Engine:
         self._packer = composer_of(self.book, scheduling)
         self._on_token = on_token
         self._observer = observer
+        self._log = log
+        self._stops: dict[int, str] = {}
         self._learn = learn
         self._arrivals: list[tuple[float, int, Request]] = []
 
@@ -104,7 +127,10 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Ends a request in whatever state it is; does nothing where it has ended already."""
         if number in self.book.sequences:
-            self._end(self.book.sequences[number], "cancelled", self._clock.now_s())
+            now_s = self._clock.now_s()
+            if self._log is not None:
+                self._log.cancelled(number, now_s)
+            self._end(self.book.sequences[number], "cancelled", now_s)
             return
         for entry in self._arrivals:
             if entry[1] == number:
@@ -130,12 +156,9 @@ class Engine:
         """One turn of the loop; False when there is nothing more to do."""
         self._admit()
         while self._executor.can_submit():
-            now_s = self._clock.now_s()
-            step = self._packer.pack(now_s)
+            step = self.decide(self._clock.now_s())
             if step is None:
                 break
-            if self._observer is not None:
-                self._observer.submitted(step, now_s)
             self._executor.submit(step)
         wake_s = self._arrivals[0][0] if self._arrivals else None
         if until_s is not None:
@@ -147,18 +170,33 @@ class Engine:
             self._clock.sleep_until(wake_s if wake_s is not None else self._arrivals[0][0])
         else:
             for result in self._executor.wait(until_s=wake_s):
-                self._collect(result)
+                self.collect(result)
         return until_s is None or self._clock.now_s() < until_s
 
     def _admit(self) -> None:
         now_s = self._clock.now_s()
         while self._arrivals and self._arrivals[0][0] <= now_s:
             _, _, request = heapq.heappop(self._arrivals)
-            sequence = self.book.arrive(request)
-            if self._observer is not None:
-                self._observer.arrived(sequence, now_s)
+            self.admit(request, now_s)
 
-    def _collect(self, result: StepResult) -> None:
+    def admit(self, request: Request, now_s: float) -> None:
+        """Lets a request wait from now on; the loop does this when its arrival is over."""
+        sequence = self.book.arrive(request)
+        if self._log is not None:
+            self._log.arrived(request, now_s)
+        if self._observer is not None:
+            self._observer.arrived(sequence, now_s)
+
+    def decide(self, now_s: float) -> Step | None:
+        """The next step by one reading of the clock, or None where nothing can run now."""
+        step = self._packer.pack(now_s)
+        if self._log is not None:
+            self._log.packed(step, now_s)
+        if step is not None and self._observer is not None:
+            self._observer.submitted(step, now_s)
+        return step
+
+    def collect(self, result: StepResult) -> None:
         """Retires a step: cursors, first tokens, decodes, ends."""
         if self._observer is not None:
             self._observer.collected(result)
@@ -170,6 +208,9 @@ class Engine:
             if sequence is not None:
                 self._collect_chunk(sequence, chunk, result)
         self._collect_decodes(result, now_s)
+        if self._log is not None:
+            self._log.collected(result, self._stops)
+            self._stops = {}
 
     def _collect_chunk(self, sequence: Sequence, chunk: Chunk, result: StepResult) -> None:
         now_s = result.finished_s
@@ -222,7 +263,10 @@ class Engine:
     def _stop_reason(self, number: int, result: StepResult) -> str | None:
         if self._on_token is None:
             return None
-        return self._on_token(number, result.tokens[number])
+        reason = self._on_token(number, result.tokens[number])
+        if reason is not None:
+            self._stops[number] = reason
+        return reason
 
     def _long(self, sequence: Sequence) -> bool:
         return sequence.request.prompt_tokens >= self._plan.scheduler.long_tokens

@@ -9,7 +9,7 @@ from msgspec import Struct
 from plans.chunks import WorkTable
 from plans.plan import Plan
 from runtime.clock import VirtualClock
-from runtime.engine import Engine, Observer
+from runtime.engine import Engine, Log, Observer
 from runtime.executor.base import Floats
 from runtime.executor.simulated import SimulatedExecutor
 from runtime.request import Record, Request
@@ -31,11 +31,17 @@ class Run(Struct, frozen=True, kw_only=True):
 
 
 def simulate(
-    plan: Plan, requests: Sequence[Request], policy: str, *, observe: Observe | None = None
+    plan: Plan,
+    requests: Sequence[Request],
+    policy: str,
+    *,
+    observe: Observe | None = None,
+    log: Log | None = None,
 ) -> Run:
     """Serves all requests to their end.
 
     policy    NAME or NAME,chunk=N, as scheduler.load_policy reads it
+    log       of the decisions of the first replica
     errors    UnknownName or UsageError for the policy; Refused for a request beyond the limits
     """
     started_s = time.perf_counter()
@@ -50,6 +56,7 @@ def simulate(
             clock,
             scheduling,
             observer=None if observe is None else observe(replica),
+            log=log if replica == 0 else None,
         )
         for request in share:
             engine.add(request)

@@ -146,7 +146,7 @@ def failure(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
         (("--trace", "none.csv"), "none.csv: no such file"),
         (("--trace", "trace.parquet"), "trace.parquet: a trace ends in"),
         (("--plot", "figure.gif"), "ends in one of .pdf, .png, .svg"),
-        (("--policy", "fcfs", "--policy", "lars", "--timeline", "t.json"), "shows one run"),
+        (("--policy", "fcfs", "--policy", "lars", "--timeline", "t.json"), "holds one run"),
         (("--json", "no/such/folder/x.json", *LIGHT), "cannot be written"),
         (("--arrivals", "trace"), "has no arrivals"),
         (("--flag-that-is-not"), "No such option"),

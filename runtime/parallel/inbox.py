@@ -1,0 +1,100 @@
+"""A worker's end of the control plane.
+
+Two threads, each with a socket of its own: the one that works receives steps and sends results, the
+other beats. Steps are handed out in step_id order, whatever order they arrive in.
+"""
+
+import os
+import threading
+
+
+import zmq
+
+from runtime.parallel import wire
+from runtime.parallel.progress import Progress
+
+BEAT_S = 0.5
+LINGER_MS = 1000
+"""How long the last messages of an ending process may take to leave it."""
+
+
+class Inbox:
+    """Receives from the driver and answers it; for the thread that works."""
+
+    def __init__(self, address: str, rank: int) -> None:
+        """Connects; the driver may come up later."""
+        self._context = zmq.Context()
+        self._socket = _socket(self._context, address, f"rank-{rank}")
+        self._early: dict[int, wire.StepMessage] = {}
+        self._next_step = 0
+
+    @property
+    def context(self) -> "zmq.Context[zmq.Socket[bytes]]":
+        """For the socket of the beats."""
+        return self._context
+
+    def send(self, message: wire.FromWorker) -> None:
+        """To the driver."""
+        self._socket.send(wire.encode(message))
+
+    def restart(self) -> None:
+        """The next step is step 0."""
+        self._early.clear()
+        self._next_step = 0
+
+    def receive(self, *, timeout_s: float | None) -> "wire.FromDriver | None":
+        """The next message; None where none comes in time. A step only when it is its turn."""
+        while True:
+            early = self._early.pop(self._next_step, None)
+            if early is not None:
+                self._next_step += 1
+                return early
+            if not self._socket.poll(None if timeout_s is None else round(timeout_s * 1e3)):
+                return None
+            message = wire.decode_from_driver(self._socket.recv())
+            if not isinstance(message, wire.StepMessage):
+                return message
+            self._early[message.step_id] = message
+
+    def close(self) -> None:
+        """Lets what was sent leave, and closes."""
+        self._context.destroy(linger=LINGER_MS)
+
+
+def start_beats(inbox: Inbox, address: str, rank: int, progress: Progress, parent: int) -> None:
+    """Starts the thread that beats; it ends the process where its parent is gone."""
+    arguments = (inbox.context, address, rank, progress, parent)
+    threading.Thread(target=_beat, args=arguments, daemon=True, name="beats").start()
+
+
+def _beat(
+    context: "zmq.Context[zmq.Socket[bytes]]",
+    address: str,
+    rank: int,
+    progress: Progress,
+    parent: int,
+) -> None:
+    socket = _socket(context, address, f"beat-{rank}")
+    wait = threading.Event().wait
+    while True:
+        beat = wire.Beat(rank, progress.step_id, progress.moves, progress.phase)
+        try:
+            socket.send(wire.encode(beat), zmq.NOBLOCK)
+        except zmq.Again:  # nobody reads: the next one will say the same
+            pass
+        except zmq.ZMQError:  # the context is closed: the process ends
+            return
+        if os.getppid() != parent:
+            os._exit(1)
+        wait(BEAT_S)
+
+
+def _socket(
+    context: "zmq.Context[zmq.Socket[bytes]]", address: str, name: str
+) -> "zmq.Socket[bytes]":
+    socket = context.socket(zmq.DEALER)
+    socket.identity = name.encode()
+    socket.connect(address)
+    return socket
+
+

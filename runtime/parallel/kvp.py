@@ -1,0 +1,142 @@
+"""The exchange of a step between kvp groups: partial attention out, merged attention back.
+
+Two groups exchange the tokens of the rows that both hold a shard of, and nothing else; a group
+without such rows waits for nobody. Both list these rows in the order of the step, so sizes and
+order agree without a message. All groups of a row merge the same partial results in the order of
+the groups, so that they go on with the same bits.
+
+Every rank runs steps in step_id order and layers in order, and in one exchange all sends and
+receives are posted before any is awaited; so whom a rank waits for is always at the same exchange
+or before it, and no circle of waiting ranks can form.
+
+T tokens of the step, S shared ones of them, N query heads, H head size, G kvp groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plans.plan import Plan
+from runtime.parallel.table import Row, row_groups
+
+LSE_BYTES = 4
+
+
+def merge_shards(out_GTNH: Tensor, lse_GTN: Tensor) -> Tensor:
+    """Merges the attention of G shards into out_TNH, in the dtype of out_GTNH.
+
+    out_GTNH  each shard's output, normalised over that shard alone; 0 for an empty shard
+    lse_GTN   natural log of the shard's softmax sum, fp32; -inf for an empty shard
+    errors    none; a token with no key in any shard gives 0
+    source    design section 4, KVP; arXiv 2409.17264v5, section 3.3
+    """
+    # the floor: -inf - -inf would be NaN
+    top_TN = lse_GTN.amax(dim=0).clamp_min(torch.finfo(torch.float32).min)
+    weight_GTN = torch.exp(lse_GTN - top_TN)  # fp32: exponents spread over a million keys
+    out_TNH = (out_GTNH.float() * weight_GTN[..., None]).sum(dim=0)
+    total_TN = weight_GTN.sum(dim=0)  # at least 1, or 0 where no shard has a key
+    return (out_TNH / total_TN.clamp_min(1.0)[..., None]).to(out_GTNH.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another group with which a step shares rows."""
+
+    group: int
+    rank: int
+    shared_S: Tensor
+    """int64, places of the common tokens among this group's shared ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """What one group exchanges in each layer of a step."""
+
+    group: int
+    groups: int
+    rows_S: Tensor
+    """int64, rows of T that other groups work on too."""
+    peers: tuple[Peer, ...]
+    """By group."""
+
+    def peer_names(self) -> str:
+        """Groups that this one waits for, for messages."""
+        return ", ".join(str(peer.group) for peer in self.peers)
+
+    def merge(self, out_TNH: Tensor, lse_TN: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Sends and receives packed (out, lse) and merges; other rows stay as they are."""
+        out_SNH, lse_SN = out_TNH[self.rows_S], lse_TN[self.rows_S]
+        packed = pack_partial(out_SNH, lse_SN)
+        sent = [packed[peer.shared_S] for peer in self.peers]
+        received = [torch.empty_like(each) for each in sent]
+        operations = [
+            dist.P2POp(operation, tensor, peer.rank, group)
+            for operation, tensors in ((dist.irecv, received), (dist.isend, sent))
+            for peer, tensor in zip(self.peers, tensors, strict=True)
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        out_GSNH = out_SNH.new_zeros((self.groups, *out_SNH.shape))
+        lse_GSN = lse_SN.new_full((self.groups, *lse_SN.shape), -torch.inf)
+        out_GSNH[self.group], lse_GSN[self.group] = out_SNH, lse_SN
+        for peer, values in zip(self.peers, received, strict=True):
+            out, lse = unpack_partial(values, out_TNH.dtype)
+            out_GSNH[peer.group, peer.shared_S] = out
+            lse_GSN[peer.group, peer.shared_S] = lse
+        merged_TNH = out_TNH.clone()
+        merged_TNH[self.rows_S] = merge_shards(out_GSNH, lse_GSN)
+        return merged_TNH
+
+
+def exchange_of(
+    plan: Plan, rows: Sequence[Row], group: int, ranks: Sequence[int], device: torch.device
+) -> Exchange | None:
+    """The exchange of a group's rows; None where no other group works on any.
+
+    rows   of the group, in the order of the step
+    ranks  of the kvp axis, by group
+    """
+    shared: list[int] = []
+    common: dict[int, list[int]] = {}
+    start = 0
+    for row in rows:
+        others = [other for other in row_groups(plan, row) if other != group]
+        if others:
+            places = range(len(shared), len(shared) + row.tokens)
+            shared += range(start, start + row.tokens)
+            for other in others:
+                common.setdefault(other, []).extend(places)
+        start += row.tokens
+    if not shared:
+        return None
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
+
+    return Exchange(
+        group=group,
+        groups=plan.parallelism.kvp,
+        rows_S=tensor(shared),
+        peers=tuple(
+            Peer(group=other, rank=ranks[other], shared_S=tensor(common[other]))
+            for other in sorted(common)
+        ),
+    )
+
+
+def pack_partial(out_SNH: Tensor, lse_SN: Tensor) -> Tensor:
+    """Bytes [S, N, H x itemsize + 4]: the output as it is and its fp32 log sum behind."""
+    out = out_SNH.contiguous().view(torch.uint8)
+    lse = lse_SN.float().unsqueeze(-1).contiguous().view(torch.uint8)
+    return torch.cat([out, lse], dim=-1)
+
+
+def unpack_partial(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out_SNH, lse_SN) of packed bytes."""
+    out = packed[..., :-LSE_BYTES].contiguous().view(dtype)
+    lse = packed[..., -LSE_BYTES:].contiguous().view(torch.float32)
+    return out, lse.squeeze(-1)

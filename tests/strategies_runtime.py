@@ -1,0 +1,69 @@
+"""Hypothesis strategies for the runtime: plans small enough to be crowded, and requests."""
+
+import msgspec
+from hypothesis import strategies as st
+from strategies import make_plan, tiny_step_time
+
+from plans.mesh import Parallelism
+from plans.plan import Plan
+from runtime.request import Request
+from runtime.scheduler import ENGINES, POLICIES
+
+
+def sim_plan(
+    *, spp: int = 1, kvp: int = 1, spare_pages: int = 64, sequences: int = 16, **changes: object
+) -> Plan:
+    plan = make_plan(
+        parallelism=Parallelism(spp=spp, kvp=kvp),
+        step_time=tiny_step_time(hop_latency_s=1e-5, merge_latency_s=1e-5, margin=0.1),
+        spare_pages=spare_pages,
+        **changes,
+    )
+    limits = msgspec.structs.replace(plan.limits, sequences=sequences)
+    return msgspec.structs.replace(plan, limits=limits)
+
+
+@st.composite
+def requests(draw: st.DrawFn, *, context: int = 1024, most: int = 12) -> list[Request]:
+    arrivals = sorted(draw(st.lists(st.floats(0, 0.2), min_size=1, max_size=most)))
+    found = []
+    for number, arrival_s in enumerate(arrivals):
+        prompt = draw(st.one_of(st.integers(1, 40), st.integers(1, context - 1)))
+        found.append(
+            Request(
+                number=number,
+                arrival_s=arrival_s,
+                prompt_tokens=prompt,
+                max_tokens=draw(st.integers(1, min(60, context - prompt))),
+                ttft_target_s=draw(st.none() | st.floats(0.001, 1)),
+                tbt_target_s=draw(st.none() | st.floats(0.001, 0.2)),
+            )
+        )
+    return found
+
+
+@st.composite
+def sim_plans(draw: st.DrawFn) -> Plan:
+    return sim_plan(
+        spp=draw(st.integers(1, 4)),
+        kvp=draw(st.sampled_from([1, 1, 2, 3, 4])),
+        spare_pages=draw(st.sampled_from([0, 1, 3, 64])),
+        sequences=draw(st.sampled_from([1, 2, 5, 16])),
+    )
+
+
+SPECS = st.sampled_from(
+    [
+        *POLICIES,
+        *ENGINES,
+        "fcfs,chunk=40",
+        "fcfs@vllm,ahead,chunk=50",
+        "hrrn@sglang,chunk=7",
+        "hrrn@sglang,chunk=60,mixed",
+        "lars,chunk=7",
+        "srpt,aging=0.5",
+        "threshold,threshold=20",
+        "threshold@vllm,adaptive,always,chunk=90,threshold=20",
+        "turns@lmdeploy,chunk=40",
+    ]
+)
