@@ -279,15 +279,14 @@ def _fit_lines(fitted: Fit) -> list[str]:
         lines.append(f"| {name}, ms: measured / fitted | {cells} |")
     time = fitted.step_time
     products = ", ".join(f"{1e6 * knot.seconds:.0f} us at {knot.at}" for knot in time.matmul)
-    return [
-        *lines,
-        "",
-        (
-            f"Fixed {1e3 * fitted.front_s:.1f} ms a request; overhead {1e3 * time.overhead_s:.2f} ms "
-            f"a step; products of a layer {products} tokens; {1e12 * time.pair_s:.1f} ps a pair and "
-            f"layer; memory at {fitted.bytes_per_s / 1e12:.2f} TB/s."
-        ),
-    ]
+    terms = (
+        f"fixed {1e3 * fitted.front_s:.1f} ms a request",
+        f"overhead {1e3 * time.overhead_s:.2f} ms a step",
+        f"products of a layer {products} tokens",
+        f"{1e12 * time.pair_s:.1f} ps a pair and layer",
+        f"memory at {fitted.bytes_per_s / 1e12:.2f} TB/s",
+    )
+    return [*lines, "", f"Terms: {'; '.join(terms)}."]
 
 
 def _table(measured: tuple[float | None, ...], rows: np.ndarray) -> list[str]:

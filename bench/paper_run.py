@@ -1,10 +1,10 @@
 """Serves one load under one policy by one of two protocols, and condenses it to a row.
 
-    fair      open loop; TTFT from the scheduled arrival; served until DRAIN_S after the window, and
-              whatever has not finished by then is late, its times infinite
-    harness   as the authors' harness measures: at most 100 requests in flight, the clock of a
-              request starts when it is sent, the run ends with the window, and only what has
-              completed is counted
+fair      open loop; TTFT from the scheduled arrival; served until DRAIN_S after the window, and
+          whatever has not finished by then is late, its times infinite
+harness   as the authors' harness measures: at most 100 requests in flight, the clock of a
+          request starts when it is sent, the run ends with the window, and only what has
+          completed is counted
 """
 
 import time
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 from msgspec import Struct
-from paper_setup import WINDOW_S, mix_file
 
+from bench.paper_setup import WINDOW_S, mix_file
 from plans.chunks import WorkTable
 from plans.plan import Plan
 from runtime.arrivals import Load, offer

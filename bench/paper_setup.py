@@ -28,7 +28,7 @@ WINDOW_S = 3600.0
 """Arrivals of one run."""
 
 PUBLISHED = ("lars-paper", "lrs", "slack", "slack-remaining", "edf", "srpt")
-OURS = ("lars", "lars-guarded")
+OURS = ("lars-lanes", "lars")
 STATIC = ("fcfs", "fcfs-whole", "fcfs,chunk=512", "fcfs,chunk=2048")
 PEERS = ("hrrn", "threshold", "turns")
 ENGINES = ("fcfs@vllm", "threshold@vllm", "hrrn@sglang", "hrrn@sglang,mixed", "turns@lmdeploy")
@@ -51,7 +51,7 @@ def paper_plan() -> Plan:
         world,
         price(world, candidate),
         name=f"{MODEL}-{GPUS}x{HARDWARE}-tp{TP}-spp{SPP}",
-        made_by=MadeBy(medha="bench", effort="quick", seed=0, command="python bench/paper.py plan"),
+        made_by=MadeBy(medha="bench", effort="quick", seed=0, command="python -m bench.paper plan"),
         notes=world.notes,
     )
     check_plan(plan, where="bench/paper_setup.py")

@@ -1,10 +1,13 @@
-"""`medha-run`: generates answers for a file of requests on this machine.
+"""`medha-run`: generates answers for a file of requests, one process for each rank of the plan.
 
-Order: flags, bundle, tokenizer, requests, then weights, so that whatever is wrong is said before
-anything large is loaded. Results go to stdout or --out, everything else to stderr.
+On one machine it starts them itself; for several nodes, start this module by torchrun on each.
+
+Order: flags, bundle, ranks, tokenizer, requests, then weights, so that whatever is wrong is said
+before anything large is loaded. Results go to stdout or --out, everything else to stderr.
 """
 
 import logging
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from plans.plan import Plan
     from runtime.offline import Job, OfflineRun, Result
     from runtime.offline import Progress as RunProgress
+    from runtime.parallel.launch import Torchrun
     from runtime.program import Bundle
     from runtime.scheduler import Scheduling
     from runtime.tokenizer import Tokenizer
@@ -54,12 +58,18 @@ def run(
 ) -> None:
     """Generates an answer for every request of a file."""
     from runtime.offline import OfflineRun, read_jobs, result_line, write_results
+    from runtime.parallel.launch import check_launch, torchrun_place, torchrun_setup
+    from runtime.parallel.worker import run_worker
     from runtime.program import load_bundle
     from runtime.scheduler import load_policy
 
     logging.basicConfig(format="%(message)s", level=logging.ERROR if quiet else logging.WARNING)
     loaded = load_bundle(bundle)
     plan = loaded.plan
+    place = torchrun_place(os.environ)
+    check_launch(plan, place)
+    if place is not None and place.rank > 0:
+        raise typer.Exit(run_worker(torchrun_setup(str(bundle), weights, seed, place)))
     scheduling = load_policy(policy or plan.scheduler.policy, plan.scheduler)
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: the folder {out.absolute().parent} does not exist")
@@ -68,7 +78,9 @@ def run(
     try:
         with _progress(plan.name, quiet=quiet) as show:
             offline = OfflineRun(jobs, reader, on_progress=show)
-            results = _generate(loaded, weights, seed, offline, scheduling)
+            results = _generate(
+                loaded, offline, scheduling, weights=weights, seed=seed, place=place
+            )
     except KeyboardInterrupt:
         print("interrupted; no results were written", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
@@ -78,6 +90,9 @@ def run(
         for result in results:
             sys.stdout.buffer.write(result_line(result))
         sys.stdout.buffer.flush()
+    if offline.error is not None:
+        lost = sum(result.finish_reason == "failed" for result in results)
+        raise MedhaError(f"{lost} of {len(results)} requests failed: {offline.error}")
     if not quiet:
         _print_table(plan, jobs, results, offline)
 
@@ -108,24 +123,35 @@ def _end_tokens(tokenizer: "Tokenizer | None", weights: str) -> frozenset[int]:
 
 
 def _generate(
-    bundle: "Bundle", weights: str, seed: int, offline: "OfflineRun", scheduling: "Scheduling"
+    bundle: "Bundle",
+    offline: "OfflineRun",
+    scheduling: "Scheduling",
+    *,
+    weights: str,
+    seed: int,
+    place: "Torchrun | None",
 ) -> "list[Result]":
-    """Loads what is large, and runs."""
+    """Loads what is large, and runs: here, or on the ranks of the plan."""
     from runtime.clock import WallClock
     from runtime.executor.live import LiveExecutor, device_for
+    from runtime.parallel.executor import ParallelExecutor
+    from runtime.parallel.launch import running_workers
     from runtime.weights import load_weights, random_weights
 
-    device = device_for(bundle.plan)
+    plan, clock = bundle.plan, WallClock()
+    if plan.parallelism.ranks > 1:
+        with running_workers(str(bundle.folder), plan, weights, seed, place) as workers:
+            return offline.run(plan, ParallelExecutor(plan, workers, clock), clock, scheduling)
+    device = device_for(plan)
     program = bundle.load_stage(0)
     tensors = (
         random_weights(program.parameters, seed=seed, device=device)
         if weights == RANDOM
         else load_weights(weights, program.parameters, device=device)
     )
-    clock = WallClock()
-    executor = LiveExecutor(bundle.plan, program, tensors, clock=clock)
+    executor = LiveExecutor(plan, program, tensors, clock=clock)
     executor.warm_up()
-    return offline.run(bundle.plan, executor, clock, scheduling)
+    return offline.run(plan, executor, clock, scheduling)
 
 
 @contextmanager
@@ -182,7 +208,7 @@ def _print_table(
         ]  # fmt: skip
         if not chosen:
             continue
-        ttft_s = [result.ttft_s for _, result, _ in chosen]
+        ttft_s = [result.ttft_s for _, result, _ in chosen if result.ttft_s is not None]
         gaps = [result.tbt_s for _, result, _ in chosen if result.tbt_s.max is not None]
         contexts = [len(job.prompt) + len(result.token_ids) for job, result, _ in chosen]
         alone_s = plan.step_time.step_s(decode_kv_tokens=[round(statistics.median(contexts))])
@@ -216,3 +242,7 @@ def main() -> None:
     except MedhaError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_status) from None
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    main()

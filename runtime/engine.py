@@ -146,11 +146,11 @@ class Engine:
         while self.tick(until_s):
             pass
 
-    def close(self) -> None:
-        """Records every request that has not ended as unfinished."""
+    def close(self, reason: str = "unfinished") -> None:
+        """Records every request that has arrived and not ended, as unfinished or as failed."""
         now_s = self._clock.now_s()
         for sequence in list(self.book.sequences.values()):
-            self._end(sequence, "unfinished", now_s)
+            self._end(sequence, reason, now_s)
 
     def tick(self, until_s: float | None = None) -> bool:
         """One turn of the loop; False when there is nothing more to do."""
@@ -167,7 +167,8 @@ class Engine:
             if not self._arrivals:
                 assert not self.book.sequences, "requests wait and nothing runs"
                 return False
-            self._clock.sleep_until(wake_s if wake_s is not None else self._arrivals[0][0])
+            # not the clock: an executor of many processes looks after them while it waits
+            self._executor.wait(until_s=wake_s)
         else:
             for result in self._executor.wait(until_s=wake_s):
                 self.collect(result)

@@ -10,20 +10,19 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from plans.errors import InvalidFile, UsageError
+from plans.errors import InvalidFile, MedhaError, UsageError
 from plans.fields import explain, path_text
 from plans.model import Count
 from plans.plan import Plan
 from runtime.clock import Clock
 from runtime.engine import Engine
-from runtime.executor.base import Step, StepResult
-from runtime.executor.live import LiveExecutor
+from runtime.executor.base import Executor, Step, StepResult
 from runtime.metrics import Spread, spread
 from runtime.request import Record, Request
 from runtime.request import Sequence as Live
@@ -81,9 +80,11 @@ class Result(Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     """All generated tokens, an end token included."""
     finish_reason: str
-    """`stop` (an end token or stop string) or `length`."""
+    """`stop` (an end token or stop string), `length`, or `failed` where the run broke off: then the
+    tokens are those that had come by then."""
     prompt_tokens: int
-    ttft_s: float
+    ttft_s: float | None
+    """None where no token came."""
     tbt_s: Spread
     """Seconds between tokens; all null where the answer has one token."""
     evictions: int
@@ -272,20 +273,28 @@ class _Answer:
                 return "stop"
         return None
 
-    def result(self, record: Record) -> Result:
-        """The finished answer."""
+    def result(self, record: Record | None) -> Result:
+        """The answer as it ended; a request without a record had not arrived when the run broke."""
         if self.stream is not None:
             self.pieces.append(self.stream.finish())
         return Result(
             id=self.job.id,
             text=None if self.stream is None else "".join(self.pieces),
             token_ids=tuple(self.tokens),
-            finish_reason=record.reason,
+            finish_reason="failed" if record is None else record.reason,
             prompt_tokens=len(self.job.prompt),
-            ttft_s=record.ttft_s,
+            ttft_s=record.ttft_s if record is not None and self.times_s else None,
             tbt_s=spread(np.diff(np.array(self.times_s))),
-            evictions=record.evictions,
+            evictions=0 if record is None else record.evictions,
         )
+
+
+class TokenExecutor(Executor, Protocol):
+    """An executor that computes tokens, on one rank or many."""
+
+    def add_request(self, number: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
+        """Makes a request known, before the first step that holds a piece of it."""
+        ...
 
 
 class OfflineRun:
@@ -303,6 +312,8 @@ class OfflineRun:
             requests=len(jobs), prompt_tokens=sum(len(job.prompt) for job in jobs)
         )
         self.records: list[Record] = []
+        self.error: MedhaError | None = None
+        """Why the run broke off, if it did; every request has a result all the same."""
         self._on_progress = on_progress
         self._now_s = 0.0
         self._answers = {
@@ -316,9 +327,12 @@ class OfflineRun:
         }
 
     def run(
-        self, plan: Plan, executor: LiveExecutor, clock: Clock, scheduling: Scheduling
+        self, plan: Plan, executor: TokenExecutor, clock: Clock, scheduling: Scheduling
     ) -> list[Result]:
-        """Serves all jobs to their ends; results in the order of the jobs."""
+        """Serves all jobs to their ends; results in the order of the jobs.
+
+        Where the executor fails, the rest ends as `failed`, and `error` says why.
+        """
         engine = Engine(
             plan, executor, clock, scheduling, on_token=self._take, observer=self, learn=True
         )
@@ -327,9 +341,14 @@ class OfflineRun:
             executor.add_request(number, answer.job.prompt, answer.job.sampling)
             request = answer.job.request
             engine.add(msgspec.structs.replace(request, arrival_s=started_s + request.arrival_s))
-        engine.run()
+        try:
+            engine.run()
+        except MedhaError as error:
+            self.error = error
+            engine.close("failed")
         self.records = sorted(engine.records, key=lambda record: record.request.number)
-        return [self._answers[record.request.number].result(record) for record in self.records]
+        records = {record.request.number: record for record in self.records}
+        return [answer.result(records.get(number)) for number, answer in self._answers.items()]
 
     def _take(self, number: int, token: int) -> str | None:
         self.progress.generated_tokens += 1

@@ -98,7 +98,8 @@ class Record(Struct, frozen=True, kw_only=True):
     evictions: int
     recomputed_tokens: int
     reason: str
-    """`length`, `stop`, `cancelled`, `refused`, or `unfinished` where the run ended before."""
+    """`length`, `stop`, `cancelled`, `refused`, `unfinished` where the run ended before, or `failed`
+    where the run broke off."""
 
     @property
     def finished(self) -> bool:

@@ -5,9 +5,15 @@ Independent of the book: it sees only what an executor sees, plus arrivals and e
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from plans.plan import Plan
+from runtime.clock import VirtualClock
+from runtime.engine import Engine
 from runtime.executor.base import Step, StepResult
+from runtime.executor.simulated import SimulatedExecutor
 from runtime.request import Record, Sequence
+from runtime.scheduler import PACKER, load_policy
 from runtime.scheduler.loads import GroupLoads
 
 
@@ -33,8 +39,12 @@ class Seen:
 class Audit:
     """Raises AssertionError at the first step that breaks an invariant."""
 
-    def __init__(self, plan: Plan, *, chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, *, chunk_tokens: int | None = None, decodes_first: bool = False
+    ) -> None:
+        """decodes_first: no running decode is left out of a step but for want of a page."""
         self.plan = plan
+        self.decodes_first = decodes_first
         self.chunk_tokens = chunk_tokens
         self.live: dict[int, Seen] = {}
         self.records: dict[int, Record] = {}
@@ -72,6 +82,12 @@ class Audit:
     def _decodes(self, step: Step) -> None:
         numbers = step.decodes.tolist()
         assert len(set(numbers)) == len(numbers)
+        if self.decodes_first:
+            for number in self.live.keys() - set(numbers):
+                seen = self.live[number]
+                runs = seen.sampled and not seen.recomputes and not seen.in_flight
+                needs_page = seen.cursor % self.plan.kv.page_tokens == 0
+                assert not runs or needs_page, f"decode {number} was displaced"
         for number, prefix in zip(numbers, step.decode_prefix.tolist(), strict=True):
             seen = self.live[number]
             assert seen.sampled >= 1, "decode before its first token"
@@ -184,3 +200,38 @@ class Audit:
             length = seen.prompt_tokens + seen.sampled - 1
             assert seen.computed == length + seen.lost, "a token was computed twice or never"
             assert record.recomputed_tokens == seen.lost
+
+
+@dataclass
+class Run:
+    """One simulated run, audited."""
+
+    plan: Plan
+    policy: str = "lars"
+    audit: Audit = field(init=False)
+    clock: VirtualClock = field(default_factory=VirtualClock)
+
+    def __post_init__(self) -> None:
+        scheduling = load_policy(self.policy, self.plan.scheduler)
+        self.audit = Audit(
+            self.plan,
+            chunk_tokens=scheduling.chunk_tokens,
+            decodes_first=scheduling.composer == PACKER,
+        )
+        self.engine = Engine(
+            self.plan,
+            SimulatedExecutor(self.plan, self.clock),
+            self.clock,
+            scheduling,
+            observer=self.audit,
+        )
+
+    def drain(self, most_ticks: int = 100_000) -> None:
+        for _ in range(most_ticks):
+            if not self.engine.tick():
+                break
+        else:
+            pytest.fail("does not drain")
+        self.engine.book.check_integrity()
+        assert self.engine.book.pools.used_share() == 0.0
+        assert not self.engine.book.sequences

@@ -64,7 +64,9 @@ class LiveExecutor:
         self._clock = clock
         self._on_logits = on_logits
         place = coordinates(plan.parallelism, 0)
-        self._rank = Rank(plan, place, program, weights, Alone(), device_for(plan))
+        self._rank = Rank(
+            plan, place, program=program, weights=weights, comm=Alone(), device=device_for(plan)
+        )
         self._done: list[StepResult] = []
 
     def add_request(self, number: int, prompt: Sequence[int], sampling: SamplingParams) -> None:

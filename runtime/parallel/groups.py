@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from plans.mesh import Coordinates, Parallelism, axis_ranks, coordinates
 from runtime.parallel.kvp import Exchange
@@ -29,7 +30,7 @@ class Groups:
     stage_ranks: tuple[int, ...]
 
 
-def join_groups(mesh: Parallelism, rank: int, store: dist.Store, device: torch.device) -> Groups:
+def join_groups(mesh: Parallelism, rank: int, store: Store, device: torch.device) -> Groups:
     """Meets all other ranks through the store and makes the communicators, alike everywhere."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(

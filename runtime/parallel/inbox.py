@@ -7,7 +7,6 @@ other beats. Steps are handed out in step_id order, whatever order they arrive i
 import os
 import threading
 
-
 import zmq
 
 from runtime.parallel import wire
@@ -51,7 +50,7 @@ class Inbox:
                 return early
             if not self._socket.poll(None if timeout_s is None else round(timeout_s * 1e3)):
                 return None
-            message = wire.decode_from_driver(self._socket.recv())
+            message: wire.FromDriver = wire.decode_from_driver(self._socket.recv())
             if not isinstance(message, wire.StepMessage):
                 return message
             self._early[message.step_id] = message
@@ -96,5 +95,3 @@ def _socket(
     socket.identity = name.encode()
     socket.connect(address)
     return socket
-
-

@@ -54,6 +54,7 @@ class Rank:
         self,
         plan: Plan,
         place: Coordinates,
+        *,
         program: StageProgram,
         weights: dict[str, Tensor],
         comm: Comm,
@@ -99,7 +100,8 @@ class Rank:
         sampled = sampled_rows(self.plan, rows, self.place.group)
         if not sampled:
             return {}
-        positions = [len(row.state.tokens) - row.state.prompt_tokens for row in sampled]
+        # not the tokens known now: later steps may have been applied to the table already
+        positions = [row.prefix + row.tokens - row.state.prompt_tokens for row in sampled]
         if on_logits is not None:
             for row, position, logits_V in zip(sampled, positions, logits_RV, strict=True):
                 on_logits(row.number, position, logits_V)

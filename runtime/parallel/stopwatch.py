@@ -18,13 +18,13 @@ class Stopwatch:
         """The point that the work given to the device so far will reach."""
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def reached(self, mark: Mark) -> bool:
         """Whether the device is beyond a mark."""
-        return True if isinstance(mark, float) else bool(mark.query())
+        return True if isinstance(mark, float) else bool(mark.query())  # type: ignore[no-untyped-call]
 
     def seconds(self, first: Mark, last: Mark) -> float:
         """Time between two marks that the device is beyond."""

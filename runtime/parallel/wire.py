@@ -54,13 +54,17 @@ class Ready(Struct, frozen=True, array_like=True, tag=4):
 
 
 class Start(Struct, frozen=True, array_like=True, tag=5):
-    """Forget all requests; the next step is step 0."""
+    """Forget all requests; the next step is step 0 of this run."""
+
+    run: int
+    """Counts up; words of a run before are late and mean nothing."""
 
 
 class Started(Struct, frozen=True, array_like=True, tag=6):
     """A rank has forgotten."""
 
     rank: int
+    run: int
 
 
 class Open(Struct, frozen=True, array_like=True, tag=7):
@@ -109,6 +113,7 @@ class StageDone(Struct, frozen=True, array_like=True, tag=10):
     """A group's rows of a step have left a stage; told by its first tp rank."""
 
     rank: int
+    run: int
     step_id: int
     waited_s: float
     """Between the end of this rank's step before and the arrival of this step's input: a bubble."""

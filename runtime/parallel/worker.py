@@ -1,4 +1,4 @@
-"""One rank of a run: joins the driver, proves what it holds, loads, and runs steps until told to end.
+"""One rank of a run: joins the driver, proves what it holds, loads, and runs steps until the end.
 
 A step is prepared when it arrives (table, tensors, posted receive) and run in its turn, so what the
 next step needs is under way while this one runs. Whatever fails is said to the driver, then the
@@ -6,14 +6,15 @@ process ends: no rank goes on with a state that others do not share.
 """
 
 import os
+import signal
 import sys
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from msgspec import Struct
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from plans.codec import content_hash
 from plans.errors import BundleMismatch, MedhaError
@@ -70,6 +71,17 @@ class _Prepared:
     arrival: Arrival | None = None
 
 
+@dataclass(frozen=True)
+class _Times:
+    """Marks of a step, and the host seconds of its merges."""
+
+    before: Mark
+    """End of the step before."""
+    started: Mark
+    ended: Mark
+    merge_s: float
+
+
 def run_worker(setup: Setup) -> int:
     """Serves until the driver says stop; the exit status."""
     torch.set_num_threads(setup.threads)
@@ -90,23 +102,21 @@ def run_worker(setup: Setup) -> int:
     return 1
 
 
-def _store(setup: Setup) -> dist.Store:
-    store = dist.TCPStore(
+def _store(setup: Setup) -> Store:
+    store = TCPStore(
         setup.store_host,
         setup.store_port,
         is_master=False,
         wait_for_workers=False,
         timeout=timedelta(minutes=5),
     )
-    return dist.PrefixStore(setup.store_prefix, store)
+    return PrefixStore(setup.store_prefix, store)
 
 
 class Worker:
     """The states of one rank, in the order of wire.py."""
 
-    def __init__(
-        self, setup: Setup, store: dist.Store, inbox: Inbox, progress: Progress
-    ) -> None:
+    def __init__(self, setup: Setup, store: Store, inbox: Inbox, progress: Progress) -> None:
         """Holds nothing yet."""
         self._setup = setup
         self._store = store
@@ -140,7 +150,7 @@ class Worker:
             pid=os.getpid(),
             ranks=self._setup.ranks,
             plan_hash=content_hash(bundle.plan),
-            torch=torch.__version__,
+            torch=str(torch.__version__),
             seed=opened.seed if opened.weights == RANDOM else None,
         )
         self._inbox.send(hello)
@@ -162,9 +172,7 @@ class Worker:
         else:
             stages = range(plan.parallelism.spp)
             whole = {
-                name
-                for stage in stages
-                for name in sources(bundle.load_stage(stage).parameters)
+                name for stage in stages for name in sources(bundle.load_stage(stage).parameters)
             }
             weights = load_weights(
                 opened.weights,
@@ -175,8 +183,10 @@ class Worker:
                 whole=whole,
             )
         comm = RankComm(self._groups, self._progress)
-        runner = Rank(plan, place, program, weights, comm, device)
-        return _Stage(runner, comm, self._groups, self._inbox, self._progress, self._setup.rank)
+        runner = Rank(plan, place, program=program, weights=weights, comm=comm, device=device)
+        return _Stage(
+            runner, comm, self._groups, inbox=self._inbox, progress=self._progress, number=rank
+        )
 
 
 def rank_device(plan: Plan, rank: int) -> torch.device:
@@ -200,6 +210,7 @@ class _Stage:
         rank: Rank,
         comm: RankComm,
         groups: Groups,
+        *,
         inbox: Inbox,
         progress: Progress,
         number: int,
@@ -211,11 +222,13 @@ class _Stage:
         self._inbox = inbox
         self._progress = progress
         self._number = number
+        self._run_number = 0
         self._hand_over = HandOver(rank.plan, groups, rank.device)
         self._queue: deque[_Prepared] = deque()
         self._watch = Stopwatch(rank.device)
         self._ended = self._watch.mark()
-        self._pending: deque[tuple[_Prepared, Mark, Mark, Mark, float]] = deque()
+        self._pending: deque[tuple[int, _Times, dict[int, int]]] = deque()
+        """Step, times and tokens of what the device may still be at."""
         self._warm_up()
 
     def run(self) -> wire.Stop | wire.Open:
@@ -230,7 +243,7 @@ class _Stage:
                 if isinstance(message, wire.StepMessage):
                     self._queue.append(self._prepared(message))
                 elif isinstance(message, wire.Start):
-                    self._start()
+                    self._start(message.run)
                 elif isinstance(message, wire.Stop | wire.Open):
                     if not (isinstance(message, wire.Stop) and message.failed):
                         self._hand_over.drain()
@@ -245,11 +258,14 @@ class _Stage:
             return 0.0
         return PENDING_POLL_S if self._pending else None
 
-    def _start(self) -> None:
+    def _start(self, run: int) -> None:
         assert not self._queue, "steps are in flight"
+        self._rank.synchronise()
+        self._report(all_of_them=True)
+        self._run_number = run
         self._rank.table = RequestTable()
         self._inbox.restart()
-        self._inbox.send(wire.Started(self._number))
+        self._inbox.send(wire.Started(self._number, run))
 
     def _warm_up(self) -> None:
         """Every rank runs a chunk and a decode for nobody, stage by stage."""
@@ -308,46 +324,32 @@ class _Stage:
                 tokens = rank.draw(out, step.rows)
         ended = self._watch.mark()
         if not warm_up and rank.place.tp == 0:
-            if tokens:  # they are on the host, so the device has finished
-                self._flush()
-                self._tell(step, self._ended, started, ended, self._comm.merge_s, tokens)
-            else:
-                self._pending.append((step, self._ended, started, ended, self._comm.merge_s))
-                self._report()
+            times = _Times(self._ended, started, ended, self._comm.merge_s)
+            self._pending.append((step.step_id, times, tokens))
+            # sampled tokens are on the host, so the device is beyond all that came before them
+            self._report(all_of_them=bool(tokens))
         self._ended = ended
 
-    def _report(self) -> None:
+    def _report(self, *, all_of_them: bool = False) -> None:
         """Tells of the steps that the device has finished."""
-        while self._pending and self._watch.reached(self._pending[0][3]):
-            self._tell(*self._pending.popleft(), {})
-
-    def _flush(self) -> None:
-        while self._pending:
-            self._tell(*self._pending.popleft(), {})
-
-    def _tell(
-        self,
-        step: _Prepared,
-        before: Mark,
-        started: Mark,
-        ended: Mark,
-        merge_s: float,
-        tokens: dict[int, int],
-    ) -> None:
-        self._inbox.send(
-            wire.StageDone(
-                rank=self._number,
-                step_id=step.step_id,
-                waited_s=self._watch.seconds(before, started),
-                seconds=self._watch.seconds(started, ended),
-                merge_s=merge_s,
-                tokens=tokens,
+        while self._pending and (all_of_them or self._watch.reached(self._pending[0][1].ended)):
+            step_id, times, tokens = self._pending.popleft()
+            self._inbox.send(
+                wire.StageDone(
+                    rank=self._number,
+                    run=self._run_number,
+                    step_id=step_id,
+                    waited_s=self._watch.seconds(times.before, times.started),
+                    seconds=self._watch.seconds(times.started, times.ended),
+                    merge_s=times.merge_s,
+                    tokens=tokens,
+                )
             )
-        )
 
 
 def worker_main(setup: Setup) -> None:
     """Entry of a process that is nothing but a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it ends its workers
     status = run_worker(setup)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -19,6 +19,8 @@ POLICIES = {
     "fcfs-whole": "runtime.scheduler.fcfs:Fcfs",
     "hrrn": "runtime.scheduler.hrrn:Hrrn",
     "lars": "runtime.scheduler.lars:Lars",
+    "lars-lanes": "runtime.scheduler.lars_lanes:LarsLanes",
+    "lars-paper": "runtime.scheduler.lars_paper:LarsPaper",
     "lrs": "runtime.scheduler.lrs:Lrs",
     "slack": "runtime.scheduler.slack:Slack",
     "slack-remaining": "runtime.scheduler.slack_remaining:SlackRemaining",
@@ -118,7 +120,7 @@ def _policy(
     ordering = name.partition("@")[0]
     factory = pkgutil.resolve_name(POLICIES[ordering])
     policy: Policy
-    if ordering == "lars":
+    if ordering in {"lars", "lars-paper"}:
         policy = factory(max_yield=scheduler.max_yield)
     elif ordering == "srpt":
         policy = factory(aging=options.get("aging", 0.0))

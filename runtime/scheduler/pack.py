@@ -189,7 +189,7 @@ class Packer:
                 if self._long_groups(candidate.number) & draft.long_groups:
                     waiting_longs.append(candidate)
                     continue
-                if candidate.share > 0:
+                if candidate.share > 0 and draft.budget_s < float("inf"):  # a share of the time
                     yielded_s = draft.loads.seconds() + candidate.share * draft.budget_s
                     self._place_shorts(draft, queue, index + 1, min(limit_s, yielded_s))
             if self._place(draft, candidate, limit_s, least=least):

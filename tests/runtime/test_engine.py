@@ -1,52 +1,16 @@
 """The engine loop over the simulated executor: every policy, stages, groups, memory pressure."""
 
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runtime_audit import Audit
+from runtime_audit import Run
 from strategies_runtime import SPECS, requests, sim_plan, sim_plans
 
 from plans.check import check_plan
 from plans.errors import Refused
 from plans.plan import Plan
-from runtime.clock import VirtualClock
-from runtime.engine import Engine
-from runtime.executor.simulated import SimulatedExecutor
 from runtime.request import Request
-from runtime.scheduler import POLICIES, load_policy
-
-
-@dataclass
-class Run:
-    """One simulated run, audited."""
-
-    plan: Plan
-    policy: str = "lars"
-    audit: Audit = field(init=False)
-    clock: VirtualClock = field(default_factory=VirtualClock)
-
-    def __post_init__(self) -> None:
-        scheduling = load_policy(self.policy, self.plan.scheduler)
-        self.audit = Audit(self.plan, chunk_tokens=scheduling.chunk_tokens)
-        self.engine = Engine(
-            self.plan,
-            SimulatedExecutor(self.plan, self.clock),
-            self.clock,
-            scheduling,
-            observer=self.audit,
-        )
-
-    def drain(self, most_ticks: int = 100_000) -> None:
-        for _ in range(most_ticks):
-            if not self.engine.tick():
-                break
-        else:
-            pytest.fail("does not drain")
-        self.engine.book.check_integrity()
-        assert self.engine.book.pools.used_share() == 0.0
-        assert not self.engine.book.sequences
+from runtime.scheduler import POLICIES
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import make_plan
 
 from plans.errors import UnknownName, UsageError
 from plans.plan import Scheduler
+from runtime.book import Book
+from runtime.request import Request
 from runtime.scheduler import ENGINES, OPTIONS, POLICIES, load_policy
 from runtime.scheduler.order import in_order
 from runtime.scheduler.policy import Policy, Prefills, Ranked
@@ -69,6 +72,8 @@ SCALAR = {
     "fcfs": lambda w, row: w.number[row],
     "fcfs-whole": lambda w, row: w.number[row],
     "lars": lambda w, row: over(slack(w, row), w.work_s[row]) - (0.02 if w.recent[row] else 0.0),
+    "lars-lanes": lambda w, row: w.remaining_s[row] + 0.1 * slack(w, row),
+    "lars-paper": lambda w, row: over(slack(w, row), w.work_s[row]),
     "lrs": lambda w, row: over(slack(w, row), w.deadline_s[row]),
     "slack": slack,
     "slack-remaining": lambda w, row: over(slack(w, row), w.remaining_s[row]),
@@ -146,6 +151,25 @@ def test_turns_give_the_long_prompt_every_fourth_step(waiting: Prefills) -> None
     longs.sort(key=place)
     expected = longs + shorts if waiting.step % 4 == 3 else shorts + longs
     assert order("turns", waiting) == [int(waiting.number[row]) for row in expected]
+
+
+def test_the_book_counts_the_tokens_served_since_each_arrival() -> None:
+    book = Book(make_plan())
+    sequences = []
+    for number, tokens in enumerate([100, 60, 30]):
+        request = Request(number=number, arrival_s=0.0, prompt_tokens=tokens, max_tokens=1)
+        sequences.append(book.arrive(request))
+        book.grow(sequences[-1], 20)
+        book.submit_chunk(sequences[-1], 20)
+    waiting = book.prefills()
+    assert dict(zip(waiting.number.tolist(), waiting.served_tokens.tolist(), strict=True)) == {
+        0: 60,
+        1: 40,
+        2: 20,
+    }
+    sequences[0].in_flight = 0
+    book.evict(sequences[0])
+    assert book.prefills().served_tokens[book.waiting.row(0)] == 60, "its arrival does not move"
 
 
 SPECS = [*POLICIES, *ENGINES, "srpt,aging=1.5"]
@@ -226,7 +250,7 @@ def test_arrivals_a_millisecond_apart_keep_their_order_at_a_large_clock() -> Non
         assert (np.diff(keys) < 0).all(), spec
 
 
-def test_lars_demotes_what_cannot_be_met_and_nobody_else_does() -> None:
+def test_lars_demotes_what_cannot_be_met_and_lanes_what_is_not_express() -> None:
     waiting = Prefills(
         number=np.arange(2),
         arrival_s=np.zeros(2),
@@ -242,7 +266,7 @@ def test_lars_demotes_what_cannot_be_met_and_nobody_else_does() -> None:
         step=0,
     )
     for spec in POLICIES:
-        expected = [True, False] if spec == "lars" else [False, False]
+        expected = [True, False] if spec in {"lars", "lars-lanes"} else [False, False]
         assert rank(spec, waiting, 1.25).demoted.tolist() == expected, spec
 
 

@@ -109,7 +109,7 @@ def by_name(spec: str) -> list[Record]:
     [
         # the long runs to its end, then the shorts in order
         ("fcfs,chunk=1", [10.0, 10.5, 11.0], {1, 2}),
-        ("threshold,chunk=1", [10.0, 10.5, 11.0], {1, 2}),
+        ("fcfs-whole", [10.0, 10.5, 11.0], {1, 2}),
         # due at 6 and 6 before 16; 0.5 s of work before 5: the shorts one after the other
         ("edf,chunk=1", [11.0, 5.5, 6.0], set()),
         ("srpt,chunk=1", [11.0, 5.5, 6.0], set()),
@@ -160,15 +160,15 @@ def test_demotion_saves_one_short_and_the_long() -> None:
 
 
 def test_a_yield_alone_does_not_save_the_shorts() -> None:
-    """From 5.0 on the shorts have 0.4 of each step, so they fall behind the long a little later.
+    """From 5.0 on the shorts have 0.4 of each step, and all of it when they are the more urgent.
 
-    At 5.0 + t they have done 0.4 t of their 1 s, each half of it; their slack 0.5 - t + 0.2 t falls
-    to 0.6 x 0.5 s at 0.25, the long's own slack having fallen by 0.4 t meanwhile: with it the two
-    meet at 0.5 - 0.8 t = 0.5 (0.6 - 0.04 t), so t = 0.2564; then 1 - 0.4 t is left to do.
+    t after 5.0 each has done 0.2 t, so rho is (0.5 - t + 0.2 t) / 0.5 = 1 - 1.6 t; the long has
+    lost 0.4 t, so its rho is 0.6 - 0.04 t. They meet at t = 0.4 / 1.56, where 1 - 0.4 t of the
+    shorts is left: they end at 6 + 0.6 t.
     """
     plan = serial_plan(tokens_a_quantum=10)
     yielding = paper(plan, chunk_tokens=None, max_yield=0.4)
     records = outcome(plan, yielding, tokens_a_quantum=10)
-    late_s = 6.0 + 0.6 * (0.2 / 0.78)
+    late_s = 6.0 + 0.6 * (0.4 / 1.56)
     assert finish_s(records) == pytest.approx([11.0, late_s, late_s], abs=4 * Q)
     assert missed(records) == {1, 2}

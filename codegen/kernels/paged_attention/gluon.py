@@ -17,7 +17,7 @@ Barriers: a full and an empty one for each stage of K and of V.
 M rows of a warpgroup, S keys of a tile, H head size.
 """
 
-import math
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -69,13 +69,13 @@ def _pass_turn(HALF: gl.constexpr):
 
 
 @gluon.jit
-def _place(items_ptr, items, HEADS_TOGETHER: gl.constexpr, FIELDS: gl.constexpr):
+def _place(items_ptr, items, heads_together, FIELDS: gl.constexpr):
     """KV head and item of this block."""
     pid = gl.program_id(0)
-    batch = pid // (items * HEADS_TOGETHER)
-    pid -= batch * (items * HEADS_TOGETHER)
-    head = batch * HEADS_TOGETHER + pid % HEADS_TOGETHER
-    return head, items_ptr + pid // HEADS_TOGETHER * FIELDS
+    batch = pid // (items * heads_together)
+    pid -= batch * (items * heads_together)
+    head = batch * heads_together + pid % heads_together
+    return head, items_ptr + pid // heads_together * FIELDS
 
 
 @gluon.jit
@@ -127,11 +127,11 @@ def _produce(
     PAGE: gl.constexpr,
     BLOCK_S: gl.constexpr,
     STAGES: gl.constexpr,
-    HEADS_TOGETHER: gl.constexpr,
+    heads_together,
     FIELDS: gl.constexpr,
 ):
     """Fetches K one tile ahead of V: K0 K1 V0 K2 V1, the order in which they are used."""
-    head, item_ptr = _place(items_ptr, items, HEADS_TOGETHER, FIELDS)
+    head, item_ptr = _place(items_ptr, items, heads_together, FIELDS)
     table_ptr += gl.load(item_ptr).to(gl.int64) * table_stride
     last_page = (gl.load(item_ptr + 5) - 1) // PAGE
     low = gl.load(item_ptr + 6)
@@ -168,13 +168,13 @@ def _consume(
     k_empty,
     v_full,
     v_empty,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
+    KV_HEADS,
+    GROUP,
     HEAD: gl.constexpr,
     BLOCK_S: gl.constexpr,
-    TILE_TOKENS: gl.constexpr,
+    TILE_TOKENS,
     STAGES: gl.constexpr,
-    HEADS_TOGETHER: gl.constexpr,
+    heads_together,
     ONE_MASKED_TILE: gl.constexpr,
     FIELDS: gl.constexpr,
 ):
@@ -188,7 +188,7 @@ def _consume(
     SHARES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    head, item_ptr = _place(items_ptr, items, HEADS_TOGETHER, FIELDS)
+    head, item_ptr = _place(items_ptr, items, heads_together, FIELDS)
     first_token = gl.load(item_ptr + 1)
     begin = gl.load(item_ptr + 2)
     stop = gl.load(item_ptr + 3)
@@ -294,7 +294,7 @@ def _consume(
         gl.store(lse_ptr + splace_M, lse_M * 0.6931471805599453, mask=sinside_M)  # natural
 
 
-@gluon.jit(do_not_specialize=["items", "table_stride"])
+@gluon.jit(do_not_specialize=["KV_HEADS", "GROUP", "TILE_TOKENS", "items", "heads_together", "table_stride"])
 def attention_kernel(
     q_ptr,
     out_ptr,
@@ -308,13 +308,13 @@ def attention_kernel(
     scale2,
     items,
     table_stride,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
+    KV_HEADS,
+    GROUP,
     HEAD: gl.constexpr,
     PAGE: gl.constexpr,
     BLOCK_S: gl.constexpr,
-    TILE_TOKENS: gl.constexpr,
-    HEADS_TOGETHER: gl.constexpr,
+    TILE_TOKENS,
+    heads_together,
     ONE_MASKED_TILE: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -346,20 +346,20 @@ def attention_kernel(
                 _consume,
                 (0, q_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, items,
                  scale2, q0_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, KV_HEADS,
-                 GROUP, HEAD, BLOCK_S, TILE_TOKENS, STAGES, HEADS_TOGETHER, ONE_MASKED_TILE,
+                 GROUP, HEAD, BLOCK_S, TILE_TOKENS, STAGES, heads_together, ONE_MASKED_TILE,
                  FIELDS),
             ),
             (
                 _consume,
                 (1, q_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, items,
                  scale2, q1_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, KV_HEADS,
-                 GROUP, HEAD, BLOCK_S, TILE_TOKENS, STAGES, HEADS_TOGETHER, ONE_MASKED_TILE,
+                 GROUP, HEAD, BLOCK_S, TILE_TOKENS, STAGES, heads_together, ONE_MASKED_TILE,
                  FIELDS),
             ),
             (
                 _produce,
                 (k_desc, v_desc, items_ptr, table_ptr, items, table_stride, k_smem, v_smem,
-                 k_full, k_empty, v_full, v_empty, HEAD, PAGE, BLOCK_S, STAGES, HEADS_TOGETHER,
+                 k_full, k_empty, v_full, v_empty, HEAD, PAGE, BLOCK_S, STAGES, heads_together,
                  FIELDS),
             ),
         ],
@@ -368,36 +368,63 @@ def attention_kernel(
     )  # fmt: skip
 
 
-def takes(q_dtype: torch.dtype, page_dtype: torch.dtype, head_dim: int, page_tokens: int) -> bool:
+def takes(heads: Any) -> bool:
     """Whether the kernel is made for such heads and pages."""
-    types = q_dtype == page_dtype and q_dtype in {torch.bfloat16, torch.float16}
-    return types and head_dim in {64, 128} and page_tokens in {16, 32, 64, 128}
+    types = heads.dtype == heads.page_dtype and heads.dtype in {torch.bfloat16, torch.float16}
+    sizes = heads.head_dim in {64, 128} and heads.page_tokens in {16, 32, 64, 128}
+    return types and sizes and heads.group <= 64
 
 
 def attend(
-    tensors: tuple[torch.Tensor, ...],
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    scale: float,
-    sizes: dict[str, int],
+    grid: tuple[int],
+    arguments: dict[str, Any],
+    k_flat: torch.Tensor,
+    v_flat: torch.Tensor,
     *,
     one_masked_tile: bool,
 ) -> None:
-    """Runs a list; arguments as those of the Triton kernel."""
+    """Runs a list; k_flat, v_flat [pages x page tokens, K x H], the rest as the Triton kernel's."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    box = [sizes["PAGE"], sizes["HEAD"]]
-    flat = [pages.view(-1, sizes["KV_HEADS"] * sizes["HEAD"]) for pages in (k_pages, v_pages)]
-    items_IF, table_BP = tensors[-2:]
-    attention_kernel[(len(items_IF) * sizes["KV_HEADS"],)](
-        *tensors,
-        *(TensorDescriptor.from_tensor(each, box, layout) for each in flat),
-        scale * math.log2(math.e),
-        len(items_IF),
-        table_BP.stride(0),
-        **sizes,
+    box = [arguments["PAGE"], arguments["HEAD"]]
+    attention_kernel[grid](
+        **arguments,
+        k_desc=TensorDescriptor.from_tensor(k_flat, box, layout),
+        v_desc=TensorDescriptor.from_tensor(v_flat, box, layout),
         ONE_MASKED_TILE=one_masked_tile,
         STAGES=STAGES,
         CONSUMER=CONSUMER_REGISTERS,
         PRODUCER=PRODUCER_REGISTERS,
         num_warps=4,
     )
+
+
+def try_out(device: torch.device, heads: Any) -> None:
+    """Compiles and runs both forms on one token without keys; raises where they do not work."""
+    width = heads.kv_heads * heads.head_dim
+    q_TNH = torch.zeros(width * heads.group, dtype=heads.dtype, device=device)
+    pages = torch.zeros((heads.page_tokens, width), dtype=heads.page_dtype, device=device)
+    floats = torch.zeros(128 * width, dtype=torch.float32, device=device)
+    item = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0, -1]], dtype=torch.int32, device=device)
+    arguments = {
+        "q_ptr": q_TNH,
+        "out_ptr": torch.empty_like(q_TNH),
+        "lse_ptr": floats,
+        "partial_ptr": floats,
+        "partial_lse_ptr": floats,
+        "items_ptr": item,
+        "table_ptr": item,
+        "scale2": 1.0,
+        "items": 1,
+        "table_stride": 1,
+        "heads_together": 1,
+        "KV_HEADS": heads.kv_heads,
+        "GROUP": heads.group,
+        "HEAD": heads.head_dim,
+        "PAGE": heads.page_tokens,
+        "BLOCK_S": 128,
+        "TILE_TOKENS": 1 << (128 // heads.group).bit_length() - 1,
+        "FIELDS": item.shape[1],
+    }
+    for one_masked_tile in (True, False):
+        attend((heads.kv_heads,), arguments, pages, pages, one_masked_tile=one_masked_tile)
+    torch.cuda.synchronize(device)

@@ -15,6 +15,7 @@ M merges, F fields.
 import functools
 import math
 import warnings
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +30,7 @@ CHUNK_ROWS = 128
 """Rows of a chunk's tile; 64 where no chunk of the step has more."""
 CHUNK_KEYS = 128
 """Keys of its tile, or a page where that is smaller."""
-CHUNK_STAGES = 2
+CHUNK_STAGES = 3
 CHUNK_WARPS = 8
 DECODE_KEYS = 128
 DECODE_STAGES = 3
@@ -37,7 +38,7 @@ DECODE_WARPS = 4
 GLUON = 1
 """1: Hopper's kernel for chunks where it compiles; 0: never."""
 L2_BYTES = 41943040
-"""Heads are run together while their K and V fit into so much of the L2 cache (50 MB on an H100)."""
+"""Heads run together while their K and V fit into so much of L2 (50 MB on Hopper)."""
 MERGE_SLOTS = 16
 """Partial results that the merge holds at once."""
 
@@ -83,7 +84,7 @@ def _tiles(
     return top_M, sum_M, acc_MH
 
 
-@triton.jit(do_not_specialize=["items", "table_stride"])
+@triton.jit(do_not_specialize=["items", "heads_together", "table_stride"])
 def attention_kernel(
     q_ptr,
     out_ptr,
@@ -104,16 +105,16 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
-    HEADS_TOGETHER: tl.constexpr,
+    heads_together,
     MASK_ALL: tl.constexpr,
     STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    batch = pid // (items * HEADS_TOGETHER)
-    pid -= batch * (items * HEADS_TOGETHER)
-    head = batch * HEADS_TOGETHER + pid % HEADS_TOGETHER
-    item_ptr = items_ptr + pid // HEADS_TOGETHER * FIELDS
+    batch = pid // (items * heads_together)
+    pid -= batch * (items * heads_together)
+    head = batch * heads_together + pid % heads_together
+    item_ptr = items_ptr + pid // heads_together * FIELDS
     sequence = tl.load(item_ptr).to(tl.int64)
     first_token = tl.load(item_ptr + 1)
     begin = tl.load(item_ptr + 2)
@@ -155,13 +156,14 @@ def attention_kernel(
             q_MH, k_desc, v_desc, table_ptr, column, whole, high, limit_M, scale2, top_M, sum_M,
             acc_MH, BLOCK_S, PAGE, True, 1,
         )  # fmt: skip
-    out_MH = acc_MH / tl.where(sum_M > 0, sum_M, 1.0)[:, None]
-    lse_M = tl.where(sum_M > 0, top_M + tl.log2(sum_M), float("-inf"))
+    safe_M = tl.where(sum_M > 0, sum_M, 1.0)
+    out_MH = acc_MH / safe_M[:, None]
+    lse_M = tl.where(sum_M > 0, top_M + tl.log2(safe_M), float("-inf"))
     if slot >= 0:
-        row_M = (slot.to(tl.int64) * KV_HEADS + head) * BLOCK_M + row_M
-        at_MH = row_M[:, None] * HEAD + at_H[None, :]
-        tl.store(partial_ptr + at_MH, out_MH, mask=inside_M[:, None])
-        tl.store(partial_lse_ptr + row_M, lse_M, mask=inside_M)
+        slot_M = (slot.to(tl.int64) * KV_HEADS + head) * BLOCK_M + row_M
+        slot_MH = slot_M[:, None] * HEAD + at_H[None, :]
+        tl.store(partial_ptr + slot_MH, out_MH, mask=inside_M[:, None])
+        tl.store(partial_lse_ptr + slot_M, lse_M, mask=inside_M)
     else:
         at_MH = place_M[:, None] * HEAD + at_H[None, :]
         tl.store(out_ptr + at_MH, out_MH.to(q_MH.dtype), mask=inside_M[:, None])
@@ -213,26 +215,42 @@ def merge_kernel(
             acc_H = acc_H * fade + tl.sum(part_RH * weight_R[:, None], 0)
             top = new
         place = token.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + row % GROUP
-        out_H = acc_H / tl.where(total > 0, total, 1.0)
+        safe = tl.where(total > 0, total, 1.0)
+        out_H = acc_H / safe
         tl.store(out_ptr + place * HEAD + at_H, out_H.to(out_ptr.dtype.element_ty))
-        lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
+        lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
         tl.store(lse_ptr + place, lse * 0.6931471805599453)
 
 
 # --- launches -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
 class Form:
     """One shape of tile: how the kernel is compiled for it."""
 
-    def __init__(
-        self, *, rows: int, keys: int, group: int, stages: int, warps: int, resident: int
-    ) -> None:
-        self.rows, self.keys, self.stages, self.warps = rows, keys, stages, warps
-        self.tile_tokens = 1 << (rows // group).bit_length() - 1
-        """A power of two, so that tiles can be aligned to the tiles of keys."""
-        self.resident = resident
-        """Blocks that an SM holds at once."""
+    rows: int
+    keys: int
+    tile_tokens: int
+    """A power of two, so that tiles can be aligned to the tiles of keys."""
+    stages: int
+    warps: int
+    resident: int
+    """Blocks that an SM holds at once."""
+    hopper: Any = None
+    """The module of the Gluon kernel, where that one runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """What the kernels know of the model and its pages when they are compiled."""
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    page_tokens: int
+    dtype: torch.dtype
+    page_dtype: torch.dtype
 
 
 def paged_attention(
@@ -251,89 +269,106 @@ def paged_attention(
     q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty_like(q_TNH)
     lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32, device=q_TNH.device)
-    if q_TNH.shape[0]:
-        for form, work in _step(q_TNH, k_pages, inputs):
-            _attend(form, work, q_TNH, k_pages, v_pages, inputs, scale, out_TNH, lse_TN)
+    heads = Heads(
+        kv_heads=k_pages.shape[2],
+        group=q_TNH.shape[1] // k_pages.shape[2],
+        head_dim=q_TNH.shape[2],
+        page_tokens=k_pages.shape[1],
+        dtype=q_TNH.dtype,
+        page_dtype=k_pages.dtype,
+    )
+    for form, work in _step(heads, q_TNH, inputs) if q_TNH.shape[0] else ():
+        _attend(form, work, heads, (q_TNH, out_TNH, lse_TN), k_pages, v_pages, inputs, scale)
     return out_TNH, lse_TN
 
 
-def _step(q_TNH: torch.Tensor, k_pages: torch.Tensor, inputs: Any) -> list[tuple[Form, WorkList]]:
+def _step(heads: Heads, q_TNH: torch.Tensor, inputs: Any) -> list[tuple[Form, WorkList]]:
     """The launches of a step; the first layer that asks builds them for all."""
     memo: dict[Any, Any] = getattr(inputs, "memo", {})
-    key = ("paged_attention", q_TNH.shape[1:], k_pages.shape[1:], k_pages.dtype)
+    key = ("paged_attention", heads)
     if key not in memo:
-        memo[key] = _launches(q_TNH, k_pages, inputs)
+        memo[key] = _launches(heads, q_TNH, inputs)
     found: list[tuple[Form, WorkList]] = memo[key]
     return found
 
 
-def _launches(
-    q_TNH: torch.Tensor, k_pages: torch.Tensor, inputs: Any
-) -> list[tuple[Form, WorkList]]:
-    tokens, heads, head_dim = q_TNH.shape
-    _, page_tokens, kv_heads, _ = k_pages.shape
-    group = heads // kv_heads
-    cores = processors(q_TNH.device)
-    key_bytes = 2 * head_dim * k_pages.element_size()
-    keys = min(DECODE_KEYS, page_tokens)
-    decode = Form(
-        rows=max(16, triton.next_power_of_2(group)),
-        keys=keys,
-        group=group,
-        stages=DECODE_STAGES,
-        warps=DECODE_WARPS,
-        resident=max(1, min(3, 220_000 // (DECODE_STAGES * keys * key_bytes))),
-    )
-    blocks_a_head = max(1, cores * decode.resident // kv_heads)
+def _launches(heads: Heads, q_TNH: torch.Tensor, inputs: Any) -> list[tuple[Form, WorkList]]:
+    tokens, device = q_TNH.shape[0], q_TNH.device
+    decode = decode_form(heads)
+    blocks_a_head = max(1, processors(device) * decode.resident // heads.kv_heads)
     host = getattr(inputs, "host", None)
     if host is None and q_TNH.is_cuda and torch.cuda.is_current_stream_capturing():
         assert tokens == len(inputs.kv_lens_B), "recorded steps have one token a sequence"
-        return [
-            (
-                decode,
-                recorded_decodes(
-                    inputs.query_starts_B1,
-                    inputs.kv_lens_B,
-                    tile_keys=decode.keys,
-                    blocks_a_head=blocks_a_head,
-                ),
-            )
-        ]
+        recorded = recorded_decodes(
+            inputs.query_starts_B1,
+            inputs.kv_lens_B,
+            tile_keys=decode.keys,
+            blocks_a_head=blocks_a_head,
+        )
+        return [(decode, recorded)]
     sequences = _queries(inputs, host, tokens)
     decodes = [each for each in sequences if each.end - each.begin <= decode.tile_tokens]
     chunks = [each for each in sequences if each.end - each.begin > decode.tile_tokens]
     found = []
     if chunks:
         longest = max(each.end - each.begin for each in chunks)
-        rows = max(64, group) if longest * group <= 64 else max(CHUNK_ROWS, group)
-        small = rows < 128
-        form = Form(
-            rows=triton.next_power_of_2(rows),
-            keys=min(64 if small else CHUNK_KEYS, page_tokens),
-            group=group,
-            stages=CHUNK_STAGES,
-            warps=4 if small else CHUNK_WARPS,
-            resident=2 if small else 1,
-        )
+        form = chunk_form(heads, device, longest)
         work = chunk_list(
             chunks,
             tile_tokens=form.tile_tokens,
             tile_keys=form.keys,
-            kv_heads=kv_heads,
-            blocks=cores * form.resident,
+            kv_heads=heads.kv_heads,
+            blocks=processors(device) * form.resident,
         )
-        found.append((form, work.to(q_TNH.device)))
+        found.append((form, work.to(device)))
     if decodes:
         work = packed_decodes(decodes, tile_keys=decode.keys, blocks_a_head=blocks_a_head)
-        found.append((decode, work.to(q_TNH.device)))
+        found.append((decode, work.to(device)))
     return found
+
+
+def decode_form(heads: Heads) -> Form:
+    """Tiles of 16 rows, or of one token's query heads where those are more."""
+    rows = max(16, triton.next_power_of_2(heads.group))
+    keys = min(DECODE_KEYS, heads.page_tokens)
+    buffers = DECODE_STAGES * keys * 2 * heads.head_dim * heads.page_dtype.itemsize
+    return Form(
+        rows=rows,
+        keys=keys,
+        tile_tokens=_power_of_two(rows // heads.group),
+        stages=DECODE_STAGES,
+        warps=DECODE_WARPS,
+        resident=max(1, min(3, 220_000 // buffers)),
+    )
+
+
+def chunk_form(heads: Heads, device: torch.device, longest: int) -> Form:
+    """Tiles of 128 rows, or of 64 where the step's longest chunk has no more."""
+    rows = max(64 if longest * heads.group <= 64 else CHUNK_ROWS, heads.group)
+    rows = triton.next_power_of_2(rows)
+    tokens = _power_of_two(rows // heads.group)
+    hopper = _hopper(device, heads) if rows == 128 else None
+    keys = CHUNK_KEYS if hopper else min(CHUNK_KEYS if rows >= 128 else 64, heads.page_tokens)
+    return Form(
+        rows=rows,
+        keys=keys,
+        tile_tokens=tokens,
+        stages=CHUNK_STAGES,
+        warps=CHUNK_WARPS if rows >= 128 else 4,
+        resident=1 if rows >= 128 else 2,
+        hopper=hopper,
+    )
+
+
+def _power_of_two(limit: int) -> int:
+    return 1 << limit.bit_length() - 1
 
 
 def _queries(inputs: Any, host: Any, tokens: int) -> list[Queries]:
     """The sequences that have tokens, and the rows behind the last one, which see no keys."""
     if host is None:
         starts, kv_lens = inputs.query_starts_B1.tolist(), inputs.kv_lens_B.tolist()
-        first_T = inputs.query_starts_B1[:-1].long().clamp_max(max(tokens - 1, 0))
+        first_T = inputs.query_starts_B1[:-1].long().clamp_max(tokens - 1)
         causal = inputs.slots_T[first_T].ge(0).tolist()
     else:
         starts, kv_lens, causal = host.query_starts, host.kv_lens, host.causal
@@ -350,42 +385,48 @@ def _queries(inputs: Any, host: Any, tokens: int) -> list[Queries]:
 def _attend(
     form: Form,
     work: WorkList,
-    q_TNH: torch.Tensor,
+    heads: Heads,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     inputs: Any,
     scale: float,
-    out_TNH: torch.Tensor,
-    lse_TN: torch.Tensor,
 ) -> None:
-    """Runs one list: attention, and the merge where tiles are in pieces."""
-    _, heads, head_dim = q_TNH.shape
-    _, page_tokens, kv_heads, _ = k_pages.shape
-    group = heads // kv_heads
-    rows = work.slots * kv_heads * form.rows
-    partial = torch.empty((rows, head_dim), dtype=torch.float32, device=q_TNH.device)
+    """Runs one list: attention, and the merge where tiles are in pieces. tensors: q, out, lse."""
+    q_TNH, out_TNH, lse_TN = tensors
+    rows = work.slots * heads.kv_heads * form.rows
+    partial = torch.empty((rows, heads.head_dim), dtype=torch.float32, device=q_TNH.device)
     partial_lse = torch.empty(rows, dtype=torch.float32, device=q_TNH.device)
-    tensors = (q_TNH, out_TNH, lse_TN, partial, partial_lse, work.items_IF, inputs.page_table_BP)
-    sizes = {
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "HEAD": head_dim,
-        "PAGE": page_tokens,
+    flat = [pages.view(-1, heads.kv_heads * heads.head_dim) for pages in (k_pages, v_pages)]
+    arguments = {
+        "q_ptr": q_TNH,
+        "out_ptr": out_TNH,
+        "lse_ptr": lse_TN,
+        "partial_ptr": partial,
+        "partial_lse_ptr": partial_lse,
+        "items_ptr": work.items_IF,
+        "table_ptr": inputs.page_table_BP,
+        "scale2": scale * math.log2(math.e),
+        "items": len(work.items_IF),
+        "table_stride": inputs.page_table_BP.stride(0),
+        "heads_together": _heads_together(heads, inputs.page_table_BP.shape[1]),
+        "KV_HEADS": heads.kv_heads,
+        "GROUP": heads.group,
+        "HEAD": heads.head_dim,
+        "PAGE": heads.page_tokens,
         "BLOCK_S": form.keys,
         "TILE_TOKENS": form.tile_tokens,
-        "HEADS_TOGETHER": _heads_together(inputs, kv_heads, head_dim, k_pages),
         "FIELDS": work.items_IF.shape[1],
     }
-    ran = form.rows == 128 and _attend_gluon(form, work, tensors, k_pages, v_pages, scale, sizes)
-    if not ran:
-        flat = [pages.view(-1, kv_heads * head_dim) for pages in (k_pages, v_pages)]
-        attention_kernel[(len(work.items_IF) * kv_heads,)](
-            *tensors,
-            *(TensorDescriptor.from_tensor(each, [form.keys, head_dim]) for each in flat),
-            scale * math.log2(math.e),
-            len(work.items_IF),
-            inputs.page_table_BP.stride(0),
-            **sizes,
+    grid = (len(work.items_IF) * heads.kv_heads,)
+    if form.hopper:
+        form.hopper.attend(grid, arguments, *flat, one_masked_tile=work.one_masked_tile)
+    else:
+        box = [form.keys, heads.head_dim]
+        attention_kernel[grid](
+            **arguments,
+            k_desc=TensorDescriptor.from_tensor(flat[0], box),
+            v_desc=TensorDescriptor.from_tensor(flat[1], box),
             BLOCK_M=form.rows,
             MASK_ALL=form.rows < 64,
             STAGES=form.stages,
@@ -393,16 +434,16 @@ def _attend(
             num_stages=form.stages,
         )
     if work.merges_MF is not None:
-        tile_rows = form.tile_tokens * group
-        merge_kernel[(len(work.merges_MF) * tile_rows, kv_heads)](
+        tile_rows = form.tile_tokens * heads.group
+        merge_kernel[(len(work.merges_MF) * tile_rows, heads.kv_heads)](
             partial,
             partial_lse,
             work.merges_MF,
             out_TNH,
             lse_TN,
-            KV_HEADS=kv_heads,
-            GROUP=group,
-            HEAD=head_dim,
+            KV_HEADS=heads.kv_heads,
+            GROUP=heads.group,
+            HEAD=heads.head_dim,
             BLOCK_M=form.rows,
             TILE_ROWS=tile_rows,
             SLOTS=MERGE_SLOTS,
@@ -410,13 +451,10 @@ def _attend(
         )
 
 
-def _heads_together(
-    inputs: Any, kv_heads: int, head_dim: int, k_pages: torch.Tensor
-) -> int:
+def _heads_together(heads: Heads, pages: int) -> int:
     """How many KV heads run side by side, so that what they read stays in L2."""
-    longest = inputs.page_table_BP.shape[1] * k_pages.shape[1]
-    head_bytes = 2 * longest * head_dim * k_pages.element_size()
-    fitting = [each for each in range(1, kv_heads + 1) if kv_heads % each == 0]
+    head_bytes = 2 * pages * heads.page_tokens * heads.head_dim * heads.page_dtype.itemsize
+    fitting = [each for each in range(1, heads.kv_heads + 1) if heads.kv_heads % each == 0]
     return max(each for each in fitting if each == 1 or each * head_bytes <= L2_BYTES)
 
 
@@ -428,64 +466,26 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# --- Gluon ----------------------------------------------------------------------------------------
-
-
 @functools.cache
-def _gluon(device: torch.device) -> Any:
-    """The module of Hopper's kernel, or None where it is of no use."""
+def _hopper(device: torch.device, heads: Heads) -> Any:
+    """The module of the Gluon kernel, tried once; None where it is of no use, said where it fails.
+
+    The try compiles it, so that no step does.
+    """
     if not GLUON or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
         from . import gluon  # noqa: PLC0415 - only Hopper has what it imports
-    except ImportError as error:
-        _fall_back(error)
-        return None
-    return gluon
 
-
-def _fall_back(error: Exception) -> None:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    warnings.warn(
-        f"paged_attention: the Gluon kernel does not run on Triton {triton.__version__} ({reason}); "
-        "chunks take the portable Triton kernel, at about 0.7 of the rate",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-_BROKEN: set[tuple[Any, ...]] = set()
-"""Configurations of the Gluon kernel that failed to compile in this process."""
-
-
-def _attend_gluon(
-    form: Form,
-    work: WorkList,
-    tensors: tuple[torch.Tensor, ...],
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    scale: float,
-    sizes: dict[str, int],
-) -> bool:
-    """Runs the Gluon kernel if it can; says so if it should have been able to."""
-    q_TNH = tensors[0]
-    module = _gluon(q_TNH.device)
-    if module is None or not module.takes(q_TNH, k_pages, form.keys):
-        return False
-    key = (q_TNH.dtype, work.one_masked_tile, *sizes.values())
-    if key in _BROKEN:
-        return False
-    try:
-        module.attend(
-            tensors,
-            k_pages,
-            v_pages,
-            scale,
-            sizes,
-            one_masked_tile=work.one_masked_tile,
-        )
+        if gluon.takes(heads):
+            gluon.try_out(device, heads)
+            return gluon
     except Exception as error:  # noqa: BLE001 - whatever a compiler of another version raises
-        _BROKEN.add(key)
-        _fall_back(error)
-        return False
-    return True
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(
+            f"paged_attention: the Gluon kernel fails on Triton {triton.__version__} ({reason}); "
+            "chunks take the portable Triton kernel, at about 0.7 of the rate",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return None

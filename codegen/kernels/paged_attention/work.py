@@ -1,4 +1,4 @@
-"""The work lists of paged attention: which tiles of queries meet which tiles of keys, in what order.
+"""The work lists of paged attention: which tiles of queries meet which tiles of keys, and when.
 
 Built once a step, for all its layers, from numbers that the host already has; or, while a CUDA
 graph is recorded, by tensor operations on the device, so that replays follow the lengths in the
@@ -96,8 +96,8 @@ def chunk_list(
         count = last.clamp_max(chunk.keys - 1) // tile_keys + 1
         seen = first.clamp_min(chunk.begin) + shift + 1  # keys that the first query sees
         masked = max(masked, int((count - seen // tile_keys).max()))
-        rows = torch.tensor([chunk.sequence, 0, chunk.begin, chunk.end, shift, chunk.keys, 0, 0, -1])
-        rows = rows.repeat(len(first), 1)
+        row = [chunk.sequence, 0, chunk.begin, chunk.end, shift, chunk.keys, 0, 0, -1]
+        rows = torch.tensor(row).repeat(len(first), 1)
         rows[:, 1], rows[:, 7] = first, count
         tiles.append(rows)
     items = torch.cat(tiles)
@@ -112,10 +112,9 @@ def chunk_list(
     cut = number > 1
     slots = int(cut.sum())
     items[cut, 8] = torch.arange(slots)
-    heads = items[cut & (piece == 0)]
-    merges = torch.stack(
-        (heads[:, 8], number[cut & (piece == 0)], heads[:, 1], heads[:, 2], heads[:, 3]), dim=1
-    )
+    opening = cut & (piece == 0)
+    heads = items[opening]
+    merges = torch.cat((heads[:, 8:], number[opening, None], heads[:, 1:4]), dim=1)
     order = (items[:, 7] - items[:, 6]).argsort(descending=True, stable=True)
     return WorkList(
         items_IF=items[order].int().contiguous(),
@@ -133,14 +132,12 @@ def _pieces(count: torch.Tensor, *, kv_heads: int, blocks: int) -> torch.Tensor:
     most = int(count.max())
     if len(count) * kv_heads >= 4 * blocks or most <= 1:  # enough tiles to even out
         return torch.ones_like(count)
-    best, chosen = float("inf"), torch.ones_like(count)
-    for splits in range(1, min(PIECES_MAX, most) + 1):
-        pieces = (-(-count // -(-most // splits))).clamp_min(1)
-        waves = -(-int(pieces.sum()) * kv_heads // blocks)
-        cost = waves * (-(-most // splits) + WAVE_COST) + PIECE_COST * (splits if splits > 1 else 0)
-        if cost < best:
-            best, chosen = cost, pieces
-    return chosen
+    split_C = torch.arange(1, min(PIECES_MAX, most) + 1)
+    size_C = -(-most // split_C)
+    pieces_CI = (-(-count // size_C[:, None])).clamp_min(1)
+    waves_C = -(-pieces_CI.sum(1) * kv_heads // blocks)
+    merge_C = PIECE_COST * split_C * (split_C > 1)
+    return pieces_CI[(waves_C * (size_C + WAVE_COST) + merge_C).argmin()]
 
 
 def decode_list(
@@ -188,12 +185,9 @@ def decode_list(
 def packed_decodes(
     decodes: Sequence[Queries], *, tile_keys: int, blocks_a_head: int
 ) -> WorkList:
-    """The list of known sequences with one tile of queries each, on the host, without idle items."""
+    """The list of known sequences with one tile of queries each: on the host, no idle items."""
     rows = torch.tensor(
-        [
-            (each.sequence, each.begin, each.end, each.keys, each.causal)
-            for each in decodes
-        ]
+        [(each.sequence, each.begin, each.end, each.keys, each.causal) for each in decodes]
     )
     sequence_B, begin_B, end_B, keys_B, causal_B = rows.T.contiguous()
     whole = decode_list(

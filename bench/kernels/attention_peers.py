@@ -1,0 +1,225 @@
+"""Our attention beside FlashAttention-3, alternately in one process, on this GPU.
+
+    PYTHONPATH=. python bench/kernels/attention_peers.py --out DIR [--rows prefill,decode] [--fast]
+
+Each candidate is checked against fp32 first and not timed if it is off. Figures are medians over
+rounds in which every candidate runs once, and ratios are medians of the rounds' ratios: the chip is
+power-limited, so rates drift by more than the candidates differ. Writes attention_peers.csv and .md.
+Ours reads pages in random order, the peer dense keys. Our work list is built once a step for all
+layers of a model, so it is not part of a call; its own time is the column `list_us`.
+"""
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import gc
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from attention_cases import Case, flash_attention_3, make, ours, portable, relative_error
+
+from codegen.kernels.paged_attention import triton as kernel
+
+K = 1024
+PREFILL = [Case(name="prefill", queries=n * K, keys=n * K, heads=heads)
+           for n, heads in ((8, 32), (32, 32), (8, 64), (32, 64), (128, 32))]  # fmt: skip
+CHUNKS = [Case(name="chunk", queries=n, keys=keys * K, heads=heads)
+          for heads in (32, 64) for keys in (128, 1024) for n in (32, 128, 512, 2048)
+          if not (heads == 64 and n == 128)]  # fmt: skip
+DECODES = [Case(name="decode", queries=1, keys=keys * K, batch=batch, heads=heads, graph=graph)
+           for heads in (32, 64)
+           for batch, keys, graph in ((1, 4, True), (1, 128, False), (32, 4, False),
+                                      (1, 1024, False))]  # fmt: skip
+ROWS = {"prefill": PREFILL, "chunk": CHUNKS, "decode": DECODES}
+PORTABLE = [("prefill", 8 * K, 32), ("prefill", 32 * K, 32), ("chunk", 512, 32)]
+TOLERANCE = 6e-3
+"""As in attention_check.py."""
+TFLOPS, BYTES_S = 790e12, 4.28e12
+"""The best sustained rates seen of a bf16 product and of a copy on an H200."""
+
+
+def timed(run: Callable[[], Any], repeats: int) -> float:
+    """Microseconds of a call, from device events around several."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end) / repeats
+
+
+def cleared(run: Callable[[], Any], flush: torch.Tensor) -> Callable[[], float]:
+    """A measurement with a cold L2: the flush runs before the first event."""
+
+    def measure() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end)
+
+    return measure
+
+
+def replayed(runs: list[Callable[[], Any]]) -> Callable[[], float]:
+    """A measurement of one call as part of a CUDA graph that calls each of `runs` in turn."""
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return lambda: timed(graph.replay, 8) / len(runs)
+
+
+def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """A row a candidate."""
+    copies = 6 if case.graph else 1
+    problems = [make(case, seed) for seed in range(copies)]
+    began = time.perf_counter()
+    candidates: dict[str, list[Callable[[], Any]]] = {
+        "ours": [ours(each, kernel) for each in problems]
+    }
+    torch.cuda.synchronize()
+    problems[0].inputs.memo.clear()
+    began = time.perf_counter()
+    ours(problems[0], kernel)
+    list_us = 1e6 * (time.perf_counter() - began)
+    if (case.name, case.queries, case.heads) in PORTABLE and case.keys <= 128 * K:
+        candidates["portable Triton"] = [portable(each, kernel) for each in problems]
+    try:
+        candidates["fa3"] = [flash_attention_3(case, each) for each in problems]
+        candidates["fa3"][0]()
+    except ImportError as error:
+        print(f"no FlashAttention-3: {error}", flush=True)
+        del candidates["fa3"]
+    rows, clocks = [], {}
+    # longer than the host takes to launch, so that a launch is not part of the time
+    flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    for name, runs in candidates.items():
+        error = relative_error(case, problems[0], runs[0](), rows=3 if case.keys > 200 * K else 8)
+        row = {
+            "case": case.name,
+            "queries": case.queries,
+            "keys": case.keys,
+            "batch": case.batch,
+            "heads": f"{case.heads}/{case.kv_heads}",
+            "page": case.page_tokens if name != "fa3" else "dense",
+            "graph": case.graph,
+            "candidate": name,
+            "error": f"{error:.1e}",
+        }
+        rows.append(row)
+        if error <= TOLERANCE:  # NaN is no pass
+            clocks[name] = replayed(runs) if case.graph else cleared(runs[0], flush)
+    for each in clocks.values():
+        each()
+    found: dict[str, list[float]] = {name: [] for name in clocks}
+    order = list(clocks)
+    for number in range(rounds):
+        for name in order if number % 2 == 0 else reversed(order):
+            found[name].append(clocks[name]())
+    for row in rows:
+        times = found.get(row["candidate"])
+        if not times:
+            row["us"] = "wrong"
+            continue
+        us = statistics.median(times)
+        low, high = (sorted(times)[int(q * (len(times) - 1))] for q in (0.2, 0.8))
+        floor_us = 1e6 * case.floor_s(flops=TFLOPS, bytes_s=BYTES_S)
+        row.update(
+            us=round(us, 1), p20=round(low, 1), p80=round(high, 1), rounds=len(times),
+            tflops=round(case.flops / us / 1e6), tb_s=round(case.kv_bytes / us / 1e6, 2),
+            floor_us=round(floor_us, 1), of_floor=round(floor_us / us, 3),
+        )  # fmt: skip
+        if "fa3" in found and found["fa3"]:
+            ratios = [peer / own for peer, own in zip(found["fa3"], times, strict=True)]
+            row["of_fa3"] = round(statistics.median(ratios), 3)
+        if row["candidate"] == "ours":
+            row["list_us"] = round(list_us)
+    return rows
+
+
+def rounds_for(case: Case, *, fast: bool) -> int:
+    """Enough for a median, and less than a second or two a candidate."""
+    expected_s = case.floor_s(flops=500e12, bytes_s=3e12)
+    most = 15 if fast else 41
+    return max(3, min(most, math.ceil((0.5 if fast else 1.2) / max(expected_s, 1e-4))))
+
+
+def environment() -> list[str]:
+    """What the figures depend on."""
+    query = "name,power.limit,driver_version,clocks.max.sm"
+    card = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    return [
+        f"date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        f"command: python {' '.join(sys.argv)}",
+        f"card, power limit, driver, max SM clock: {card}",
+        f"torch {torch.__version__}, triton {triton.__version__}, Python {sys.version.split()[0]}",
+    ]
+
+
+def table(rows: list[dict[str, Any]], fields: list[str]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(fields) + " |", "|" + "---|" * len(fields)]
+    lines += ["| " + " | ".join(str(row.get(name, "")) for name in fields) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the rows asked for; what was measured is written after each case."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--rows", default="decode,chunk,prefill")
+    parser.add_argument("--page", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=480.0, help="starts no case after these")
+    parser.add_argument("--fast", action="store_true", help="fewer rounds")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    began, rows, skipped = time.monotonic(), [], []
+    fields = ["case", "queries", "keys", "batch", "heads", "page", "graph", "candidate", "us",
+              "p20", "p80", "rounds", "tflops", "tb_s", "floor_us", "of_floor", "of_fa3", "error",
+              "list_us"]  # fmt: skip
+    for case in (each for name in options.rows.split(",") for each in ROWS[name]):
+        chosen = dataclasses.replace(case, page_tokens=options.page)
+        if time.monotonic() - began > options.seconds:
+            skipped.append(chosen)
+            continue
+        try:
+            found = measure(chosen, rounds_for(chosen, fast=options.fast))
+        except torch.OutOfMemoryError:
+            found = [{**dataclasses.asdict(chosen), "case": chosen.name, "us": "out of memory"}]
+        rows += found
+        for row in found:
+            print({name: row.get(name) for name in fields if name in row}, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        text = [*environment(), "", table(rows, fields), ""]
+        text += [f"not run: {each}" for each in skipped]
+        (options.out / "attention_peers.md").write_text("\n".join(text))
+        with (options.out / "attention_peers.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fields, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    if skipped:
+        print(f"not run for lack of time: {skipped}")
+
+
+if __name__ == "__main__":
+    main()

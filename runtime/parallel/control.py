@@ -1,0 +1,182 @@
+"""The driver's end of the control plane: all workers of a run behind one socket.
+
+Only the thread of the engine touches it. Every wait looks after the workers, so that a failure is
+an error of whoever waits, and then nobody waits for long: all of them are ended.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+import zmq
+
+from plans.codec import content_hash
+from plans.errors import BundleMismatch, MedhaError
+from plans.plan import Plan
+from runtime.parallel import wire
+from runtime.parallel.watch import Process, Watch
+
+JOIN_S = 120.0
+"""How long all ranks may take to start and present themselves."""
+LOOK_S = 0.25
+"""Longest wait without a look at the workers' health."""
+GRACE_S = 0.5
+"""After the first sign of a failure, time for its cause to show: others may fail because of it."""
+
+
+class Workers:
+    """All ranks of one run, joined and ready."""
+
+    def __init__(self, plan: Plan, *, bind: str, host: str) -> None:
+        """Listens on a free port of the interface `bind`, which workers reach as `host`."""
+        self._plan = plan
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        port = self._socket.bind_to_random_port(f"tcp://{bind}")
+        self.address = f"tcp://{host}:{port}"
+        self._ranks = range(plan.parallelism.ranks)
+        self._processes: dict[int, Process] = {}
+        self._watch = Watch(plan, {}, time.monotonic())
+        self._runs = 0
+        self.failed = False
+        """Whether a rank has failed."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the workers have opened."""
+        return self._plan
+
+    # --- life ---------------------------------------------------------------------------------
+
+    def join(self, processes: Mapping[int, Process], *, seed: int | None) -> None:
+        """Compares all ranks with the plan, lets them load, and waits until they are ready.
+
+        processes  those that this process started, by rank
+        seed       of random weights, None where they come from a folder
+        errors     BundleMismatch where ranks differ, before anything is loaded; MedhaError where
+                   one does not come or fails
+        """
+        self._processes = dict(processes)
+        self._watch = Watch(self._plan, processes, time.monotonic())
+        hellos: dict[int, wire.Hello] = {}
+        until_s = time.monotonic() + JOIN_S
+        while len(hellos) < len(self._ranks):
+            for message in self.poll(LOOK_S):
+                if isinstance(message, wire.Hello):
+                    hellos[message.rank] = message
+                    self._watch.place(message)
+            if time.monotonic() > until_s:
+                missing = [rank for rank in self._ranks if rank not in hellos]
+                self.failed = True
+                raise MedhaError(f"ranks {missing} did not join within {JOIN_S:g} s")
+        self._compare(hellos, seed)
+        self._broadcast(wire.Welcome())
+        missing = set(self._ranks)
+        while missing:
+            for message in self.poll(LOOK_S):
+                if isinstance(message, wire.Ready):
+                    missing.discard(message.rank)
+
+    def _compare(self, hellos: Mapping[int, wire.Hello], seed: int | None) -> None:
+        wanted = {
+            "ranks": len(self._ranks),
+            "plan_hash": content_hash(self._plan),
+            "torch": str(torch.__version__),
+            "seed": seed,
+        }
+        problems = []
+        for rank in self._ranks:
+            hello = hellos[rank]
+            for field, value in wanted.items():
+                found = getattr(hello, field)
+                if found != value:
+                    problems.append(f"  rank {rank} on {hello.host}: {field} {found}, not {value}")
+        if problems:
+            text = "ranks do not belong together:\n" + "\n".join(problems)
+            self.failed = True
+            self._broadcast(wire.Refusal(text))
+            raise BundleMismatch(
+                f"{text}\ngive every node the same bundle, flags and versions, and start again"
+            )
+
+    def open(self, bundle: str, plan: Plan, weights: str, seed: int) -> None:
+        """Changes all ranks to another bundle of the same mesh; nothing may be in flight."""
+        if plan.parallelism != self._plan.parallelism:
+            raise BundleMismatch(f"{bundle}: its mesh is {plan.parallelism}, not the workers'")
+        self._plan = plan
+        self._broadcast(wire.Open(bundle, weights, seed))
+        self.join(self._processes, seed=seed if weights == "random" else None)
+
+    def start(self) -> int:
+        """Lets all ranks forget all requests; nothing may be in flight. The number of the run."""
+        self._runs += 1
+        self._broadcast(wire.Start(self._runs))
+        missing = set(self._ranks)
+        while missing:
+            for message in self.poll(LOOK_S):
+                if isinstance(message, wire.Started) and message.run == self._runs:
+                    missing.discard(message.rank)
+        return self._runs
+
+    def stop(self) -> None:
+        """Tells all ranks to end."""
+        try:
+            self._broadcast(wire.Stop(self.failed))
+        finally:
+            self._context.destroy(linger=1000)
+
+    # --- messages -----------------------------------------------------------------------------
+
+    def send_step(self, message: wire.StepMessage) -> None:
+        """To all ranks."""
+        self._broadcast(message)
+
+    def _broadcast(self, message: wire.FromDriver) -> None:
+        data = wire.encode(message)
+        for rank in self._ranks:
+            try:
+                self._socket.send_multipart([f"rank-{rank}".encode(), data], zmq.NOBLOCK)
+            except zmq.ZMQError:  # gone or full; whoever waits next learns the reason
+                continue
+
+    def poll(self, timeout_s: float, *, in_flight: bool = False) -> Iterator[wire.FromWorker]:
+        """Messages that are here or come within the time, but for the beats.
+
+        in_flight  steps are, so that a rank that does not get on is an error
+        errors     MedhaError that says which rank failed and how
+        """
+        found: list[wire.FromWorker] = []
+        self._receive(min(timeout_s, LOOK_S), found)
+        problem = self._watch.check(time.monotonic(), in_flight=in_flight)
+        if problem is not None or any(isinstance(each, wire.Failure) for each in found):
+            self._fail(problem, found)
+        return iter(found)
+
+    def _receive(self, timeout_s: float, found: list[wire.FromWorker]) -> None:
+        """Takes every message there is; waits only for the first."""
+        wait_ms = max(round(timeout_s * 1e3), 0)
+        while self._socket.poll(wait_ms):
+            wait_ms = 0
+            _, data = self._socket.recv_multipart()
+            message = wire.decode_from_worker(data)
+            if isinstance(message, wire.Beat):
+                self._watch.beat(message, time.monotonic())
+            else:
+                found.append(message)
+
+    def _fail(self, problem: str | None, found: list[wire.FromWorker]) -> None:
+        """Gathers what else shows, and raises the likeliest cause."""
+        self.failed = True
+        until_s = time.monotonic() + GRACE_S
+        while time.monotonic() < until_s:
+            self._receive(0.05, found)
+        failures = [each for each in found if isinstance(each, wire.Failure)]
+        own = "; ".join(f"rank {each.rank}, step {each.step_id}: {each.text}" for each in failures)
+        gone = self._watch.gone()
+        if gone is not None and "signal" in gone:
+            raise MedhaError(f"{gone}; the run cannot go on")
+        if failures:
+            raise MedhaError(f"{own}; the run cannot go on")
+        raise MedhaError(f"{problem or gone}; the run cannot go on")

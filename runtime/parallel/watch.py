@@ -1,0 +1,135 @@
+"""Notices ranks that are gone, silent or stuck, and says which one it was.
+
+    gone     its process has ended (only of processes that this one started)
+    silent   no beat for SILENT_S: stopped, swapped out, or its machine is unreachable
+    stuck    steps are in flight and it has computed for stall_s without getting on; if every rank
+             waits for others, none gets on, and all of them are named
+
+Pure but for the processes: the caller brings the messages and the time.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from plans.plan import Plan
+from runtime.parallel import wire
+from runtime.parallel.progress import COMPUTES
+
+SILENT_S = 3.0
+STALL_S = 4.0
+STALL_STEPS = 20
+"""A rank may compute for as long as this many steps of the plan's budget before it counts as stuck:
+a slow machine is no failure."""
+FRESH_S = 1.0
+"""Without a look at the messages for this long, silence means nothing: they are in the queue."""
+
+
+class Process(Protocol):
+    """What is asked of a process that this one started (multiprocessing's have it)."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; negative where a signal ended it."""
+        ...
+
+
+@dataclass
+class _Rank:
+    seen_s: float
+    moved_s: float
+    moves: int = -1
+    step_id: int = -1
+    phase: str = "starts"
+    where: str = ""
+
+
+class Watch:
+    """State of each rank as its beats tell it."""
+
+    def __init__(self, plan: Plan, processes: Mapping[int, Process], now_s: float) -> None:
+        """All ranks are well at now_s."""
+        self._processes = dict(processes)
+        self._ranks = {rank: _Rank(now_s, now_s) for rank in range(plan.parallelism.ranks)}
+        self._stall_s = max(STALL_S, STALL_STEPS * plan.scheduler.idle_budget_s)
+        self._looked_s = now_s
+        self._heard: set[int] = set()
+        self._busy_since_s: float | None = None
+
+    def place(self, hello: wire.Hello) -> None:
+        """Notes where a rank runs."""
+        self._ranks[hello.rank].where = f" ({hello.host}, pid {hello.pid})"
+
+    def beat(self, beat: wire.Beat, now_s: float) -> None:
+        """Takes a beat."""
+        rank = self._ranks[beat.rank]
+        self._heard.add(beat.rank)
+        rank.seen_s = now_s
+        rank.step_id, rank.phase = beat.step_id, beat.phase
+        if beat.moves != rank.moves:
+            rank.moves, rank.moved_s = beat.moves, now_s
+
+    def gone(self) -> str | None:
+        """The ended processes among those started here."""
+        codes = {rank: process.exitcode for rank, process in self._processes.items()}
+        ended = {rank: code for rank, code in codes.items() if code is not None}
+        if not ended:
+            return None
+        # one that a signal ended was the first: the others end by themselves, with an error
+        killed = {rank: code for rank, code in ended.items() if code < 0} or ended
+        return "; ".join(
+            f"{self._name(rank)} was killed by signal {-code}"
+            if code < 0
+            else f"{self._name(rank)} ended with status {code}"
+            for rank, code in killed.items()
+        )
+
+    def check(self, now_s: float, *, in_flight: bool) -> str | None:
+        """What is wrong, if anything; call with every message of the queue taken."""
+        gone = self.gone()
+        if gone is not None:
+            return gone
+        if now_s - self._looked_s > FRESH_S:
+            for rank in self._ranks.values():
+                rank.seen_s = max(rank.seen_s, now_s - FRESH_S)
+                rank.moved_s = max(rank.moved_s, now_s - FRESH_S)
+        self._looked_s = now_s
+        silent = [rank for rank, each in self._ranks.items() if now_s - each.seen_s > SILENT_S]
+        # before its first beat a process may still load its libraries
+        silent = [rank for rank in silent if rank in self._heard]
+        if silent:
+            return f"{self._names(silent)} sent no sign of life for {SILENT_S:g} s"
+        return self._stuck(now_s, in_flight=in_flight)
+
+    def _stuck(self, now_s: float, *, in_flight: bool) -> str | None:
+        if not in_flight:
+            self._busy_since_s = None
+            return None
+        if self._busy_since_s is None:
+            self._busy_since_s = now_s
+        busy_s = self._busy_since_s
+        still = {
+            rank: now_s - max(each.moved_s, busy_s) > self._stall_s
+            for rank, each in self._ranks.items()
+        }
+        stuck = [
+            rank for rank, each in self._ranks.items() if still[rank] and each.phase == COMPUTES
+        ]
+        if stuck:
+            return f"{self._names(stuck)} got no further for {self._stall_s:g} s: {self._at(stuck)}"
+        if all(still.values()):
+            everyone = list(self._ranks)
+            return f"no rank got further for {self._stall_s:g} s: {self._at(everyone)}"
+        return None
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank}{self._ranks[rank].where}"
+
+    def _names(self, ranks: Iterable[int]) -> str:
+        return ", ".join(self._name(rank) for rank in ranks)
+
+    def _at(self, ranks: Iterable[int]) -> str:
+        states = ((rank, self._ranks[rank]) for rank in ranks)
+        return "; ".join(
+            f"rank {rank} {each.phase}, at step {each.step_id}" for rank, each in states
+        )

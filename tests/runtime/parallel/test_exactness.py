@@ -1,0 +1,209 @@
+"""Any mesh gives the tokens of one process, whatever the scheduler does.
+
+The suite runs a mesh for each axis, and some of all; `pytest -m sweep` runs every mesh of up to
+eight ranks whose degrees divide the tiny models, with more examples.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_bundles import with_pages
+from parallel_worlds import (
+    CONTEXT,
+    FAMILIES,
+    GREEDY,
+    Pool,
+    RandomScheduler,
+    assert_greedy,
+    mesh_name,
+    pool_of,
+    prompt_of,
+)
+
+from plans.errors import Refused
+from plans.mesh import Parallelism
+from plans.plan import Plan
+from runtime.clock import WallClock
+from runtime.engine import Engine
+from runtime.executor.base import Step, StepResult
+from runtime.parallel.table import step_groups
+from runtime.request import Record, Request
+from runtime.request import Sequence as Live
+from runtime.scheduler import load_policy
+
+MESHES = (
+    Parallelism(tp=2),
+    Parallelism(spp=2),
+    Parallelism(kvp=2),
+    Parallelism(spp=3, kvp=2),
+    Parallelism(spp=2, kvp=4),
+    Parallelism(tp=4),
+    Parallelism(tp=2, spp=2, kvp=2),
+)
+SWEEP = tuple(
+    Parallelism(tp=tp, spp=spp, kvp=kvp)
+    for tp, spp, kvp in itertools.product((1, 2, 4), (1, 2, 3, 4), range(1, 9))
+    if 1 < tp * spp * kvp <= 8
+)
+WORKS = st.lists(
+    st.tuples(st.integers(1, CONTEXT - 24), st.integers(1, 24)), min_size=1, max_size=6
+)
+"""(prompt tokens, new tokens) of each request."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param((mesh, 2), id=mesh_name(mesh)) for mesh in MESHES),
+        *(
+            pytest.param((mesh, 12), id=f"sweep-{mesh_name(mesh)}", marks=pytest.mark.sweep)
+            for mesh in SWEEP
+        ),
+    ],
+)
+def pool_and_examples(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Pool, int]]:
+    """A mesh's workers, and how many schedules are tried on them for each family."""
+    mesh, examples = request.param
+    with pool_of(mesh, tmp_path_factory.mktemp("pool")) as started:
+        yield started, examples
+
+
+@pytest.fixture
+def pool(pool_and_examples: tuple[Pool, int]) -> Pool:
+    return pool_and_examples[0]
+
+
+def any_schedule(pool: Pool, family: str, seed: int, works: list[tuple[int, int]]) -> None:
+    """Runs one schedule without rules and compares every answer."""
+    plan, draw = pool.plans[family], random.Random(seed)
+    scheduler = RandomScheduler(plan, pool.executor(family), draw)
+    for number, (tokens, new) in enumerate(works):
+        scheduler.add(number, prompt_of(tokens, seed + number), new)
+    scheduler.run()
+    assert len(scheduler.done) == len(works)
+    for known in scheduler.done.values():
+        assert_greedy(FAMILIES[family], known.prompt, known.answer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_legal_schedule_gives_the_tokens_of_one_process(pool_and_examples, family):
+    pool, examples = pool_and_examples
+
+    @settings(max_examples=examples)
+    @given(seed=st.integers(0, 2**31), works=WORKS)
+    def check(seed: int, works: list[tuple[int, int]]) -> None:
+        any_schedule(pool, family, seed, works)
+
+    check()
+
+
+class Watcher:
+    """Observer that cancels and counts."""
+
+    def __init__(self, plan: Plan, cancels: dict[int, int]) -> None:
+        self.to_cancel: int | None = None
+        self.most_in_flight = 0
+        self.groups: set[frozenset[int]] = set()
+        self._plan = plan
+        self._cancels = cancels
+        self._flying: set[int] = set()
+
+    def arrived(self, sequence: Live, now_s: float) -> None:
+        pass
+
+    def submitted(self, step: Step, now_s: float) -> None:
+        self._flying.add(step.step_id)
+        self.most_in_flight = max(self.most_in_flight, len(self._flying))
+        self.groups.add(step_groups(self._plan, step))
+        if step.step_id in self._cancels:
+            self.to_cancel = self._cancels[step.step_id]
+
+    def collected(self, result: StepResult) -> None:
+        self._flying.discard(result.step.step_id)
+
+    def ended(self, record: Record, now_s: float) -> None:
+        pass
+
+
+def serve(
+    pool: Pool,
+    family: str,
+    works: list[tuple[int, int]],
+    *,
+    spare_pages: int = 64,
+    cancels: dict[int, int] | None = None,
+    policy: str = "lars",
+) -> tuple[list[list[int]], list[Record], Watcher]:
+    """Serves greedy requests by the engine; answers by request, and what happened."""
+    plan = pool.plans[family]
+    pages = plan.kv.tokens_per_kvp_shard // plan.kv.page_tokens + spare_pages
+    plan = with_pages(plan, pages)
+    executor = pool.executor(family, plan)
+    watcher = Watcher(plan, cancels or {})
+    answers: list[list[int]] = [[] for _ in works]
+    engine = Engine(
+        plan,
+        executor,
+        WallClock(),
+        load_policy(policy, plan.scheduler),
+        on_token=lambda number, token: answers[number].append(token),
+        observer=watcher,
+        learn=True,
+    )
+    for number, (tokens, new) in enumerate(works):
+        executor.add_request(number, prompt_of(tokens, number), GREEDY)
+        engine.add(Request(number=number, arrival_s=0.0, prompt_tokens=tokens, max_tokens=new))
+    while engine.tick():
+        if watcher.to_cancel is not None:
+            engine.cancel(watcher.to_cancel)
+            watcher.to_cancel = None
+    engine.book.check_integrity()
+    return answers, engine.records, watcher
+
+
+def assert_all_greedy(family: str, works: list[tuple[int, int]], answers: list[list[int]]) -> None:
+    for number, ((tokens, _), answer) in enumerate(zip(works, answers, strict=True)):
+        assert_greedy(FAMILIES[family], prompt_of(tokens, number), answer)
+
+
+MIXED = [(200, 20), (3, 30), (90, 10), (31, 12), (160, 25), (12, 30), (65, 9), (220, 15)]
+
+
+def test_the_engine_preempts_recomputes_and_cancels_without_changing_a_token(pool):
+    """A pool of little more than one request: the rest is taken from each other."""
+    family = "qwen3"
+    answers, records, watcher = serve(pool, family, MIXED, spare_pages=2, cancels={9: 2, 17: 4})
+    assert len(records) == len(MIXED)
+    assert sum(record.evictions for record in records) > 0
+    reasons = {record.request.number: record.reason for record in records}
+    assert set(reasons.values()) <= {"length", "cancelled"}
+    for number, (_, new) in enumerate(MIXED):
+        if reasons[number] == "length":
+            assert len(answers[number]) == new
+    assert_all_greedy(family, MIXED, answers)
+    mesh = pool.workers.plan.parallelism
+    if mesh.kvp > 1:
+        assert any(len(groups) > 1 for groups in watcher.groups), "no request grew over groups"
+    if mesh.spp > 1:
+        assert watcher.most_in_flight > 1, "the stages were never busy at once"
+
+
+def test_decodes_grow_over_every_shard_up_to_the_context_limit(pool):
+    """An answer that starts in the first shard and ends with the context."""
+    works = [(5, CONTEXT - 5)]
+    answers, records, watcher = serve(pool, "llama", works)
+    assert records[0].reason == "length"
+    assert_all_greedy("llama", works, answers)
+    kvp = pool.workers.plan.parallelism.kvp
+    assert {len(groups) for groups in watcher.groups} == set(range(1, kvp + 1))
+
+
+def test_a_request_longer_than_the_context_is_refused_before_a_rank_hears_of_it(pool):
+    with pytest.raises(Refused, match="context limit"):
+        serve(pool, "llama", [(CONTEXT, 1)])
