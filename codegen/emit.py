@@ -9,7 +9,7 @@ from typing import Literal
 
 from codegen.capture import capture
 from codegen.graph import COLLECTIVES, Program, op_name, text_of, verify
-from codegen.kernels import load_spec, source_text
+from codegen.kernels import load_spec, source_texts
 from codegen.passes import PASSES
 from codegen.stage_source import stage_source
 from plans.plan import Kernel, Plan
@@ -59,7 +59,11 @@ def emit_program(
         if dump_graph:
             graphs[f"{number}-{apply.__name__}"] = _dump(program)
     targets = _targets(program)
-    files = {f"program/{op}.py": _op_source(op, target) for op, target in targets.items()}
+    files = {
+        f"program/{name}.py": text.encode()  # as it stands in this package: written to be copied
+        for op, target in targets.items()
+        for name, text in source_texts(op, target).items()
+    }
     for stage, graph in enumerate(program.graphs):
         text = stage_source(graph, plan=plan, stage=stage, peak_bytes=program.peak_bytes[stage])
         files[f"program/stage_{stage}.py"] = text.encode()
@@ -89,11 +93,6 @@ def _targets(program: Program) -> dict[str, Target]:
             if op is not None and op not in COLLECTIVES:
                 found[op] = node.meta["target"]
     return dict(sorted(found.items()))
-
-
-def _op_source(op: str, target: Target) -> bytes:
-    """The op's file as it stands in this package: the sources are written to be copied."""
-    return source_text(op, target).encode()
 
 
 def _dump(program: Program) -> str:

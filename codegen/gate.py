@@ -39,6 +39,10 @@ class Report:
     """Loads of 16 bytes a thread."""
     wrong_boxes: list[list[str]]
     """TMA boxes that differ from the buffer they are copied into."""
+    buffers: int = 0
+    """Tiles of an operand that the pipeline holds at once."""
+    overlapped: int = 0
+    """exp2 that each thread runs between the wait for one product and that for the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +61,14 @@ class Verdict:
             f"{name} {value}" for name, value in self.compilation.constants.items()
         )
         dtype = next(iter(self.compilation.types.values())).removeprefix("*")
-        return f"{self.op} {dtype} {constants}, {self.compilation.num_warps} warps"
+        where = "" if self.compilation.module == "triton" else f"{self.compilation.module} "
+        return f"{self.op} {where}{dtype} {constants}, {self.compilation.num_warps} warps"
 
 
 def reasons_to_reject(report: Report, compilation: Compilation) -> tuple[str, ...]:
     """Why a kernel may not be used; empty for a good one."""
     threads = report.warps * 32
+    warps = compilation.num_warps + compilation.specialised_warps
     rules = {
         f"shared memory {report.shared_bytes} > {SHARED_BYTES_MAX}": report.shared_bytes
         > SHARED_BYTES_MAX,
@@ -75,8 +81,10 @@ def reasons_to_reject(report: Report, compilation: Compilation) -> tuple[str, ..
         and report.wgmma == 0,
         "no 16-byte loads": compilation.streams and report.wide_loads == 0,
         f"TMA boxes {report.wrong_boxes} are not their buffers": bool(report.wrong_boxes),
-        f"{report.warps} warps instead of {compilation.num_warps}": report.warps
-        != compilation.num_warps,
+        f"{report.warps} warps instead of {warps}": report.warps != warps,
+        f"{report.buffers} buffers instead of {compilation.buffers}": report.buffers
+        < compilation.buffers,
+        "no softmax under a matrix product": compilation.overlaps and report.overlapped == 0,
     }
     return tuple(reason for reason, hit in rules.items() if hit)
 
@@ -87,7 +95,7 @@ def check_kernels() -> tuple[Verdict, ...]:
     rows = []
     for op, each in wanted:
         row = asdict(each)
-        for name in ("tile_rows", "streams"):
+        for name in ("tile_rows", "streams", "buffers", "specialised_warps", "overlaps"):
             del row[name]
         rows.append({"op": op, **row})
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -3,7 +3,7 @@
 Started as a module of its own, since a failed compilation may end the process, and since an
 interpreter asked for by the environment would replace the compiler.
 
-stdin   JSON list of {op, kernel, types, constants, multiples_of_16, num_warps, num_stages}
+stdin   JSON list of {op, module, kernel, types, constants, multiples_of_16, num_warps, num_stages}
 stdout  one JSON object a line, in order: what gate.Report holds, or {"error": text}
 """
 
@@ -20,11 +20,16 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
 
 TMA_BOX = re.compile(
     r"async_tma_copy_global_to_local.*?tensordesc<tensor<([\dx]+)x\w+"
     r".*?-> !ttg\.memdesc<([\dx]+)x\w+"
 )
+BUFFERS = re.compile(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(?:bf|f)")
+WAITS = re.compile(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", re.DOTALL)
+"""What runs between the wait for all products but one and the wait for all."""
 
 
 def main() -> None:
@@ -40,6 +45,7 @@ def main() -> None:
 def compile_sm90(
     *,
     op: str,
+    module: str,
     kernel: str,
     types: dict[str, str],
     constants: dict[str, Any],
@@ -48,8 +54,15 @@ def compile_sm90(
     num_stages: int,
 ) -> dict[str, Any]:
     """Resources of one kernel, as ptxas and the disassembler tell them."""
-    function = pkgutil.resolve_name(f"codegen.kernels.{op}.triton:{kernel}")
+    function = pkgutil.resolve_name(f"codegen.kernels.{op}.{module}:{kernel}")
     names = function.arg_names
+    gluon = function.is_gluon()
+    if gluon:  # whose descriptors know how their boxes lie in shared memory
+        layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        types = {
+            name: re.sub(r"^(tensordesc<.*)>$", rf"\1,{layout!r}>", each)
+            for name, each in types.items()
+        }
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     fixed = {(names.index(name),): value for name, value in constants.items()}
     aligned = {
@@ -58,7 +71,7 @@ def compile_sm90(
         if signature[name].startswith("*") or name in multiples_of_16
     }
     compiled = triton.compile(
-        ASTSource(function, signature, fixed, aligned),
+        (GluonASTSource if gluon else ASTSource)(function, signature, fixed, aligned),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
@@ -73,6 +86,8 @@ def compile_sm90(
         "serialised": "Potential Performance Loss" in log,
         "wide_loads": len(re.findall(r"LDG\.E\.128|LDG\.E\.\w+\.128", sass)),
         "wrong_boxes": [box for box in TMA_BOX.findall(ir) if box[0] != box[1]],
+        "buffers": max((int(count) for count in BUFFERS.findall(ir)), default=0),
+        "overlapped": min((part.count("MUFU.EX2") for part in WAITS.findall(sass)), default=0),
     }
 
 

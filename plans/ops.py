@@ -103,6 +103,17 @@ OPS: dict[str, Op] = {
 """Sorted by name. A new op is one line here and one folder in codegen/kernels."""
 
 
+class HostInputs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The lengths of a step as the host knows them, so that no launch has to wait for the device."""
+
+    query_starts: tuple[int, ...]
+    """As query_starts_B1."""
+    kv_lens: tuple[int, ...]
+    """As kv_lens_B."""
+    causal: tuple[bool, ...]
+    """Of each sequence, whether its keys are written here: its first slot is not -1."""
+
+
 class StepInputs(Protocol):
     """What one step of one stage reads besides weights and cache; all tensors on its device.
 
@@ -128,6 +139,11 @@ class StepInputs(Protocol):
     """int32, page numbers of each sequence; entries past its end are 0."""
     sample_rows_R: Tensor
     """int64, rows of T whose logits the last stage returns."""
+    host: HostInputs | None
+    """None: whoever needs the lengths waits for the device. While a CUDA graph is recorded, None
+    says that every sequence has at most one token, and T == B."""
+    memo: dict[Any, Any]
+    """What an op keeps for the step's other layers, such as work lists; a new step has it empty."""
 
 
 class KvCache(Protocol):

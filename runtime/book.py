@@ -23,6 +23,7 @@ WAITING = {
     "work_s": np.float64,
     "remaining_s": np.float64,
     "prompt_tokens": np.int64,
+    "prefix": np.int64,
     "missing_tokens": np.int64,
     "home": np.int64,
     "newest": np.int64,
@@ -103,6 +104,7 @@ class Book:
                 "work_s": sequence.work_s,
                 "remaining_s": self.work.solo_s(sequence.length),
                 "prompt_tokens": request.prompt_tokens,
+                "prefix": sequence.scheduled,
                 "missing_tokens": sequence.missing,
                 "home": 0,
                 "newest": 0,
@@ -152,6 +154,7 @@ class Book:
         waiting["recent"][row] = True
         waiting["home"][row] = sequence.home
         waiting["newest"][row] = self.pools.newest_group(sequence.home, sequence.scheduled)
+        waiting["prefix"][row] = sequence.scheduled
         waiting["missing_tokens"][row] = sequence.missing
         waiting["remaining_s"][row] = self.work.remaining_s(sequence.length, sequence.scheduled)
         return False

@@ -7,12 +7,11 @@ import contextlib
 import functools
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from builders import make_plan, tiny_model
@@ -30,6 +29,7 @@ from runtime.kvcache import PagePools
 from runtime.parallel.control import Workers
 from runtime.parallel.executor import ParallelExecutor
 from runtime.parallel.launch import running_workers
+from runtime.program import load_bundle
 from runtime.request import Request
 from runtime.request import Sequence as Live
 from runtime.sampling_params import SamplingParams
@@ -61,10 +61,12 @@ def mesh_plan(mesh: Parallelism, model: Model, **changes: Any) -> Plan:
     return make_plan(model=model, parallelism=mesh, rows=ROWS, **changes)
 
 
-def mesh_bundle(folder: Path, plan: Plan) -> Path:
-    """The emitted program of a plan."""
+def mesh_bundle(folder: Path, plan: Plan, additions: Mapping[str, str] | None = None) -> Path:
+    """The emitted program of a plan; additions are text behind files of it, by name."""
     program = emit_program(plan, target="torch")
     files = {name: text.decode() for name, text in program.files.items()}
+    for name, text in (additions or {}).items():
+        files[f"program/{name}"] += text
     return write_bundle(folder, plan, files)
 
 
@@ -127,19 +129,9 @@ def pool_of(mesh: Parallelism, folder: Path, families: Sequence[str] = ()) -> It
     plans = {name: mesh_plan(mesh, FAMILIES[name]) for name in names}
     bundles = {name: mesh_bundle(folder / name, plan) for name, plan in plans.items()}
     first = names[0]
-    plans = {
-        name: msgspec.structs.replace(plan, files=_files(bundles[name]))
-        for name, plan in plans.items()
-    }
+    plans = {name: load_bundle(bundles[name]).plan for name in names}
     with running_workers(str(bundles[first]), plans[first], "random", SEED, None) as workers:
         yield Pool(workers=workers, bundles=bundles, plans=plans, opened=first)
-
-
-def _files(bundle: Path) -> dict[str, str]:
-    return {
-        path.relative_to(bundle).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted((bundle / "program").glob("*.py"))
-    }
 
 
 # --- a scheduler without a rule -------------------------------------------------------------------

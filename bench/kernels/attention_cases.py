@@ -118,9 +118,7 @@ def relative_error(case: Case, problem: Problem, out_TNH: torch.Tensor, rows: in
         seen = case.keys - case.queries + at + 1
         for head in range(case.kv_heads):
             q_GH = problem.q_TNH[token, head * group : (head + 1) * group].float()
-            k_SH, v_SH = (
-                each[b, :seen, head].float() for each in (problem.k_BSKH, problem.v_BSKH)
-            )
+            k_SH, v_SH = (each[b, :seen, head].float() for each in (problem.k_BSKH, problem.v_BSKH))
             share_GS = (q_GH @ k_SH.T * problem.scale).softmax(-1)
             expected = share_GS @ v_SH
             found = out_TNH[token, head * group : (head + 1) * group].float()

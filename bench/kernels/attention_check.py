@@ -82,9 +82,7 @@ def main() -> None:
         pages, inputs = step(rows, page=page, padding=padding, seed=at)
         tokens = sum(queries for queries, _, _ in rows) + padding
         q = torch.randn(tokens, kv_heads * group, head_dim, device="cuda").to(dtype)
-        k, v = (
-            torch.randn(pages, page, kv_heads, head_dim, device="cuda").to(dtype) for _ in "kv"
-        )
+        k, v = (torch.randn(pages, page, kv_heads, head_dim, device="cuda").to(dtype) for _ in "kv")
         scale = head_dim**-0.5
         expected, expected_lse = reference(q.float(), k, v, k, inputs, scale)
         for hopper in (True, False):

@@ -52,7 +52,19 @@ def load_reference(op: str) -> Callable[..., Any]:
     return function
 
 
-def source_text(op: str, target: str) -> str:
-    """Source of an op for a target, "torch" or "triton"."""
-    name = {"torch": "reference.py", "triton": "triton.py"}[target]
-    return (Path(__file__).parent / op / name).read_text()
+def source_texts(op: str, target: str) -> dict[str, str]:
+    """Sources of an op for a target, "torch" or "triton", by module name in a bundle.
+
+    The op's own module comes first; the files that it imports follow, each `<op>_<part>`.
+    """
+    folder = Path(__file__).parent / op
+    if target == "torch":
+        return {op: (folder / "reference.py").read_text()}
+    parts = load_spec(op).parts
+    texts = {}
+    for name, file in ((op, "triton"), *((f"{op}_{part}", part) for part in parts)):
+        text = (folder / f"{file}.py").read_text()
+        for part in parts:
+            text = text.replace(f"from .{part} import", f"from .{op}_{part} import")
+        texts[name] = text
+    return texts

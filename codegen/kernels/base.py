@@ -33,9 +33,12 @@ class Compilation:
     """One way in which a Triton kernel is used: what the gate compiles for sm_90."""
 
     kernel: str
-    """Name of the jitted function in the op's triton.py."""
+    """Name of the jitted function."""
+    module: str = "triton"
+    """File of the op's folder that it stands in: `triton` or `gluon`."""
     types: Mapping[str, str]
-    """Triton type of each argument that is no constant, such as `*bf16`, `i32`, `fp32`."""
+    """Triton type of each argument that is no constant, such as `*bf16`, `i32`, `fp32`, or
+    `tensordesc<bf16[64, 128]>` for the box that a TMA descriptor copies."""
     constants: Mapping[str, int | bool]
     multiples_of_16: tuple[str, ...] = ()
     """Integers that divide by 16 in every launch; Triton specialises on it, pointers always are."""
@@ -45,6 +48,12 @@ class Compilation:
     """Rows of the tile that a matrix product sees; from 64 on it has to be a wgmma."""
     streams: bool = False
     """Bound by memory: has to load 16 bytes a thread."""
+    buffers: int = 0
+    """Least tiles of an operand in flight: a pipeline that lost a stage is slow and says nothing."""
+    specialised_warps: int = 0
+    """Warps besides num_warps that have a part of their own, by `gl.warp_specialize`."""
+    overlaps: bool = False
+    """A softmax has to run under a matrix product: exp2 between two waits for wgmma."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,10 @@ class Spec:
     tolerance: Mapping[str, float] = field(default_factory=dict)
     """Largest |kernel - reference| by dtype, as a share of max(1, |reference|)."""
     compilations: tuple[Compilation, ...] = ()
+    parts: tuple[str, ...] = ()
+    """Files of the folder that triton.py imports, without `.py`; a bundle has them beside it."""
+    takes: Callable[..., bool] | None = None
+    """From the op's arguments, as `infer` has them, whether triton.py is made for them."""
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -4,7 +4,9 @@ Requires  the final ops
 Ensures   node.meta["target"] of every compute op is "torch" or "triton"; collectives have none
 """
 
-from codegen.graph import COLLECTIVES, Program, op_name
+from torch import fx
+
+from codegen.graph import COLLECTIVES, Program, op_name, value_of
 from codegen.kernels import load_spec
 from plans.plan import Plan
 
@@ -17,7 +19,16 @@ def lower(program: Program, plan: Plan) -> int:
             op = op_name(node)
             if op is None or op in COLLECTIVES:
                 continue
-            target = program.target if program.target in load_spec(op).targets else "torch"
+            target = program.target if _takes(node, op, program.target) else "torch"
             matches += node.meta.get("target") != target
             node.meta["target"] = target
     return matches
+
+
+def _takes(node: fx.Node, op: str, target: str) -> bool:
+    """Whether the op's file for the target is made for the shapes and types of this call."""
+    spec = load_spec(op)
+    if target == "torch" or spec.takes is None:
+        return target in spec.targets
+    args = [value_of(each) if isinstance(each, fx.Node) else each for each in node.args]
+    return target in spec.targets and spec.takes(*args)

@@ -115,15 +115,15 @@ class ParallelExecutor:
         """
         could_submit = self.can_submit()
         while True:
-            results = self._finished()
-            if results or (self.can_submit() and not could_submit):
-                return results
-            left_s = LOOK_S if until_s is None else until_s - self._clock.now_s()
-            if left_s <= 0 or (until_s is None and not self._flying):
-                return []
+            left_s = LOOK_S if until_s is None else max(until_s - self._clock.now_s(), 0.0)
             for message in self._workers.poll(left_s, in_flight=bool(self._flying)):
                 if isinstance(message, wire.StageDone) and message.run == self._run:
                     self._take(message)
+            results = self._finished()
+            frees = self.can_submit() and not could_submit
+            idle = until_s is None and not self._flying
+            if results or frees or idle or left_s == 0.0:
+                return results
 
     def _take(self, done: wire.StageDone) -> None:
         place = coordinates(self._plan.parallelism, done.rank)

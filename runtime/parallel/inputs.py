@@ -9,7 +9,8 @@ Letters as in plans/ops.py: T tokens, B sequences, P pages of a sequence, R samp
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from plans.errors import MedhaError
 from plans.mesh import Coordinates
 from plans.model import DTYPE_BYTES
+from plans.ops import HostInputs
 from plans.plan import Plan
 from runtime.executor.base import Ints
 from runtime.parallel.table import Row, newest_shard
@@ -36,6 +38,8 @@ class PackedInputs:
     kv_lens_B: Tensor
     page_table_BP: Tensor
     sample_rows_R: Tensor
+    host: HostInputs | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -104,6 +108,11 @@ def pack(plan: Plan, rows: Sequence[Row], group: int, device: torch.device) -> P
         kv_lens_B=tensor(kv_lens, torch.int32),
         page_table_BP=tensor(table, torch.int32),
         sample_rows_R=tensor(starts[1:][samples] - 1, torch.int64),
+        host=HostInputs(
+            query_starts=tuple(starts.tolist()),
+            kv_lens=tuple(kv_lens.tolist()),
+            causal=tuple(writes.tolist()),
+        ),
     )
 
 

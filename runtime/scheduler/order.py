@@ -31,6 +31,8 @@ class Candidate:
     """A waiting request with what the policy says of it."""
 
     number: int
+    prefix: int
+    missing: int
     long: bool
     share: float
     """Yield."""
@@ -40,12 +42,18 @@ class Queue:
     """Candidates in rank order, drawn once and kept; iterating twice draws nothing twice."""
 
     def __init__(
-        self, *, keys: Array, numbers: Array, long: Array, yields: Array, most: int
+        self,
+        *,
+        keys: Array,
+        numbers: Array,
+        prefix: Array,
+        missing: Array,
+        long: Array,
+        yields: Array,
+        most: int,
     ) -> None:
         """Columns of one length, not views; at most `most` candidates are drawn."""
-        self._numbers = numbers
-        self._long = long
-        self._yields = yields
+        self._columns = numbers, prefix, missing, long, yields
         self._most = min(most, len(keys))
         self._order = in_order(keys, numbers)
         self._drawn: list[Candidate] = []
@@ -63,9 +71,5 @@ class Queue:
         for place in range(first, self._most):
             while len(self._drawn) <= place:
                 row = next(self._order)
-                self._drawn.append(
-                    Candidate(
-                        int(self._numbers[row]), bool(self._long[row]), float(self._yields[row])
-                    )
-                )
+                self._drawn.append(Candidate(*(column[row].item() for column in self._columns)))
             yield self._drawn[place]

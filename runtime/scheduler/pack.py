@@ -25,6 +25,8 @@ from runtime.scheduler.order import Candidate, Queue
 
 MISSES = 256
 """Candidates passed over in one step before the scan ends; bounds the time of a decision."""
+NOTHING_FAILED = (-1.0, 0)
+"""Limit and prefix of a chunk that did not fit, when all did so far."""
 WORTH = 0.02
 """Share of the budget below which leftover time is not worth a second look."""
 
@@ -52,7 +54,7 @@ class Draft:
     members: set[int] = field(default_factory=set)
     long_groups: set[int] = field(default_factory=set)
     misses: int = 0
-    hopeless: tuple[float, int] = (0.0, 0)
+    hopeless: tuple[float, int] = NOTHING_FAILED
     """(limit, prefix): within that limit no least chunk behind that prefix, or more, fits."""
     fits: tuple[int, float, bool] = (-1, 0.0, True)
     """Chunks placed, limit, and whether a fresh prompt still fitted then."""
@@ -170,6 +172,8 @@ class Packer:
                 Queue(
                     keys=ranked.keys[rows],
                     numbers=prefills.number[rows],
+                    prefix=book.waiting["prefix"][rows],
+                    missing=prefills.missing_tokens[rows],
                     long=prefills.long[rows],
                     yields=ranked.yields[rows],
                     most=most,
@@ -180,31 +184,38 @@ class Packer:
     def _place_all(self, draft: Draft, queue: Queue, limit_s: float, *, least: bool) -> None:
         """Places candidates in order until the limit; the first one makes its least progress."""
         waiting_longs = []
+        if least:
+            draft.hopeless = NOTHING_FAILED
         for index, candidate in enumerate(queue):
-            if candidate.number in draft.members:
+            if candidate.number in draft.members or self._hopeless(draft, candidate, limit_s):
                 continue
             if self._full(draft, limit_s) and not least:
                 return
-            if candidate.long:
-                if self._long_groups(candidate.number) & draft.long_groups:
-                    waiting_longs.append(candidate)
-                    continue
-                if candidate.share > 0 and draft.budget_s < float("inf"):  # a share of the time
-                    yielded_s = draft.loads.seconds() + candidate.share * draft.budget_s
-                    self._place_shorts(draft, queue, index + 1, min(limit_s, yielded_s))
+            if candidate.long and self._long_groups(candidate.number) & draft.long_groups:
+                waiting_longs.append(candidate)
+                continue
+            self._yield(draft, queue, index, candidate, limit_s)
             if self._place(draft, candidate, limit_s, least=least):
                 least = False
         for candidate in waiting_longs:  # only time that nobody else could use
             if not self._full(draft, limit_s):
                 self._place(draft, candidate, limit_s, least=False)
 
-    def _place_shorts(self, draft: Draft, queue: Queue, first: int, limit_s: float) -> None:
-        """Places short requests behind a long one, from a place in the queue on."""
-        for candidate in queue.since(first):
+    def _yield(
+        self, draft: Draft, queue: Queue, index: int, candidate: Candidate, limit_s: float
+    ) -> None:
+        """Places short requests behind a long one, within the share of the time that it leaves."""
+        if not candidate.long or candidate.share <= 0 or draft.budget_s == float("inf"):
+            return
+        yielded_s = draft.loads.seconds() + candidate.share * draft.budget_s
+        limit_s = min(limit_s, yielded_s)
+        for other in queue.since(index + 1):
+            if other.long or other.number in draft.members:
+                continue
             if self._full(draft, limit_s):
                 return
-            if not candidate.long and candidate.number not in draft.members:
-                self._place(draft, candidate, limit_s, least=False)
+            if not self._hopeless(draft, other, limit_s):
+                self._place(draft, other, limit_s, least=False)
 
     def _full(self, draft: Draft, limit_s: float) -> bool:
         """Whether not even a least chunk of a fresh prompt fits into any group."""
@@ -240,9 +251,6 @@ class Packer:
         if fresh and not sequence.pages:
             sequence.home = self._home(draft)
         prefix = sequence.scheduled
-        if not least and self._hopeless(draft, sequence, limit_s):
-            draft.misses += 1
-            return False
         most = self._most(sequence, draft.loads.tokens(sequence.home, prefix))
         floor = min(config.min_chunk_tokens, sequence.missing, most)
         tokens = draft.loads.largest_chunk(sequence.home, prefix, limit_s, most)
@@ -266,7 +274,7 @@ class Packer:
             draft.long_groups |= self._long_groups(candidate.number)
         return True
 
-    def _hopeless(self, draft: Draft, sequence: Sequence, limit_s: float) -> bool:
+    def _hopeless(self, draft: Draft, candidate: Candidate, limit_s: float) -> bool:
         """Whether a chunk behind no longer a prefix did not fit before, and nothing got better.
 
         A step only fills up and its time rises with the prefix; with several groups a longer
@@ -274,9 +282,9 @@ class Packer:
         """
         limit_then_s, prefix = draft.hopeless
         return (
-            limit_s <= limit_then_s
-            and sequence.scheduled >= prefix
-            and sequence.missing >= self._config.min_chunk_tokens
+            candidate.prefix >= prefix
+            and limit_s <= limit_then_s
+            and candidate.missing >= self._config.min_chunk_tokens
             and self._plan.parallelism.kvp == 1
         )
 

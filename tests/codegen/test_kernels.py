@@ -15,7 +15,7 @@ from strategies_codegen import DTYPES
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from codegen.graph import COLLECTIVES
-from codegen.kernels import KERNELS, load_reference, load_spec, source_text
+from codegen.kernels import KERNELS, load_reference, load_spec, source_texts
 from codegen.kernels.add_rms_norm.reference import add_rms_norm
 from codegen.kernels.attention.reference import attention
 from codegen.kernels.embedding_share.reference import embedding_share
@@ -56,8 +56,10 @@ def randn(*shape: int, dtype: str, seed: int) -> torch.Tensor:
 
 
 def arguments(op: str, case: dict) -> tuple:
-    """Arguments of a norm; with `columns`, x is part of wider rows, as a fused projection gives."""
+    """Random ones; with `columns`, x is part of wider rows, as a fused projection gives."""
     shape, dtype = case["shape"], case["dtype"]
+    if op == "silu_mul":
+        return (randn(*shape, dtype=dtype, seed=0),)
     weight = randn(shape[-1], dtype=dtype, seed=2)
     if "columns" in case:
         wide = randn(shape[0], case["columns"], dtype=dtype, seed=0)
@@ -65,6 +67,9 @@ def arguments(op: str, case: dict) -> tuple:
         x = wide[:, width : 2 * width].view(shape)
     else:
         x = randn(*shape, dtype=dtype, seed=0)
+    if op == "rope":  # angles past a thousand turns, as behind a million tokens
+        positions = torch.tensor([0, 1, 777, 1_048_575, 131_072])[-shape[0] :].to(DEVICE)
+        return (x, positions, torch.logspace(0, -5, shape[2] // 2).to(DEVICE), 1.3)
     residual = (randn(*shape, dtype=dtype, seed=1),) if op == "add_rms_norm" else ()
     return (x, *residual, weight, 1e-5)
 
@@ -114,7 +119,7 @@ def test_triton_equals_the_reference(op, case, monkeypatch):
 @pytest.mark.parametrize("op", TRITON)
 def test_tunables_are_constants_of_the_kernel_file(op):
     """Emission can then write tuned values into the file, and the spec tells their defaults."""
-    tree = ast.parse(source_text(op, "triton"))
+    tree = ast.parse(source_texts(op, "triton")[op])
     constants = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree.body

@@ -1,6 +1,6 @@
 """Rules of `kv_write`: the pages hold heads of K and V; the result stands for their new content."""
 
-from codegen.kernels.base import Spec, Value
+from codegen.kernels.base import Compilation, Spec, Value
 
 
 def infer(k: Value, v: Value, k_pages: Value, v_pages: Value, slots: Value) -> Value:
@@ -12,4 +12,30 @@ def infer(k: Value, v: Value, k_pages: Value, v_pages: Value, slots: Value) -> V
     return k_pages
 
 
-SPEC = Spec(op="kv_write", infer=infer, view=True)
+SPEC = Spec(
+    op="kv_write",
+    infer=infer,
+    view=True,
+    params={"ELEMENTS_A_WARP": 256},
+    # Stores without arithmetic; tests compare the pages bit by bit.
+    tolerance=dict.fromkeys(("fp32", "bf16", "fp16"), 0.0),
+    compilations=tuple(
+        Compilation(
+            kernel="kv_write_kernel",
+            types={
+                "k_ptr": "*bf16",
+                "v_ptr": "*bf16",
+                "k_pages_ptr": f"*{pages}",
+                "v_pages_ptr": f"*{pages}",
+                "slots_ptr": "*i64",
+                **dict.fromkeys(("k_stride", "v_stride", "width"), "i32"),
+            },
+            constants={"BLOCK": 1024},
+            multiples_of_16=("k_stride", "v_stride", "width"),
+            num_warps=4,
+            num_stages=1,
+            streams=True,
+        )
+        for pages in ("bf16", "fp8e4nv")
+    ),
+)

@@ -8,11 +8,14 @@ does that Triton's compiler does not:
   keeps the wait where it stands (`_pin`; behind the row sums it costs 2 to 4 %)
 - tiles of keys are taken from the last to the first, so that the diagonal one, the only one with a
   mask, stands before the loop
-- the warpgroups take turns at the tensor cores, so that one's softmax runs under the other's
-  products
 - a tile of 128 keys is fetched as several boxes, so a page may be smaller
 
-Barriers: a full and an empty one for each stage of K and of V.
+Barriers: a full and an empty one for each stage of K and of V. Turns of the warpgroups at the
+tensor cores, by named barriers, were within 1 % of none, either way.
+
+KV heads, group and tokens of a tile are arguments of a launch, no constants: with a constant group
+of 8 ptxas put the whole softmax before the second wait, at a cost of 8 %, and a group of 4 it did
+not. One binary serves all models of a head size.
 
 M rows of a warpgroup, S keys of a tile, H head size.
 """
@@ -37,35 +40,24 @@ STAGES = 2
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 
+UNSPECIALISED: tuple[str, ...] = (
+    "items",
+    "table_stride",
+    "kv_heads",
+    "group",
+    "tile_tokens",
+    "heads_together",
+)
+
 PIN: gl.constexpr = gl.constexpr(
     "{ .reg .pred %never; .reg .b32 %at; mov.b32 %at, 0; setp.lt.f32 %never, $1, 0fFF7FFFFF;"
     " @%never st.volatile.shared.b32 [%at], %at; mov.b32 $0, 0; }"
 )
-WAIT_0: gl.constexpr = gl.constexpr("bar.sync 8, 256; mov.b32 $0, 0;")
-WAIT_1: gl.constexpr = gl.constexpr("bar.sync 9, 256; mov.b32 $0, 0;")
-PASS_0: gl.constexpr = gl.constexpr("bar.arrive 8, 256; mov.b32 $0, 0;")
-PASS_1: gl.constexpr = gl.constexpr("bar.arrive 9, 256; mov.b32 $0, 0;")
 
 
 @gluon.jit
 def _pin(x):
     gl.inline_asm_elementwise(PIN, "=r,f", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _wait_for_turn(HALF: gl.constexpr):
-    if HALF == 0:
-        gl.inline_asm_elementwise(WAIT_0, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise(WAIT_1, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _pass_turn(HALF: gl.constexpr):
-    if HALF == 0:
-        gl.inline_asm_elementwise(PASS_1, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise(PASS_0, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -117,6 +109,7 @@ def _produce(
     table_ptr,
     items,
     table_stride,
+    heads_together,
     k_smem,
     v_smem,
     k_full,
@@ -127,7 +120,6 @@ def _produce(
     PAGE: gl.constexpr,
     BLOCK_S: gl.constexpr,
     STAGES: gl.constexpr,
-    heads_together,
     FIELDS: gl.constexpr,
 ):
     """Fetches K one tile ahead of V: K0 K1 V0 K2 V1, the order in which they are used."""
@@ -168,13 +160,13 @@ def _consume(
     k_empty,
     v_full,
     v_empty,
-    KV_HEADS,
-    GROUP,
+    kv_heads,
+    group,
+    tile_tokens,
+    heads_together,
     HEAD: gl.constexpr,
     BLOCK_S: gl.constexpr,
-    TILE_TOKENS,
     STAGES: gl.constexpr,
-    heads_together,
     ONE_MASKED_TILE: gl.constexpr,
     FIELDS: gl.constexpr,
 ):
@@ -197,14 +189,14 @@ def _consume(
     low = gl.load(item_ptr + 6)
     high = gl.load(item_ptr + 7)
     slot = gl.load(item_ptr + 8)
-    half_token = first_token + HALF * (TILE_TOKENS // 2)
+    half_token = first_token + HALF * (tile_tokens // 2)
 
     # rows as 16-byte loads and stores spread them
     row_M = gl.arange(0, 64, layout=gl.SliceLayout(1, WIDE))
     at_H = gl.arange(0, HEAD, layout=gl.SliceLayout(0, WIDE))
-    token_M = half_token + row_M // GROUP
-    inside_M = (token_M >= begin) & (token_M < stop) & (row_M < TILE_TOKENS // 2 * GROUP)
-    place_M = token_M.to(gl.int64) * (KV_HEADS * GROUP) + head * GROUP + row_M % GROUP
+    token_M = half_token + row_M // group
+    inside_M = (token_M >= begin) & (token_M < stop) & (row_M < tile_tokens // 2 * group)
+    place_M = token_M.to(gl.int64) * (kv_heads * group) + head * group + row_M % group
     q_MH = gl.load(
         q_ptr + place_M[:, None] * HEAD + at_H[None, :], mask=inside_M[:, None], other=0.0
     )
@@ -214,7 +206,7 @@ def _consume(
 
     # rows as the products spread them
     srow_M = gl.arange(0, 64, layout=gl.SliceLayout(1, LOGITS))
-    stoken_M = half_token + srow_M // GROUP
+    stoken_M = half_token + srow_M // group
     limit_M = gl.minimum(stoken_M + shift, keys - 1)
     at_S = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, LOGITS))
     zero_MS = gl.zeros([64, BLOCK_S], gl.float32, LOGITS)
@@ -222,8 +214,6 @@ def _consume(
     sum_M = gl.zeros([64], gl.float32, gl.SliceLayout(1, LOGITS))
     acc_MH = gl.zeros([64, HEAD], gl.float32, OUT)
     whole = gl.minimum(gl.maximum(first_token, begin) + shift + 1, keys) // BLOCK_S
-    if HALF == 1:
-        _pass_turn(HALF)  # the first half begins
     count = high - low
     if count > 0:
         mbarrier.wait(k_full.index(0), 0)
@@ -242,13 +232,11 @@ def _consume(
             now = j % STAGES
             before = (j - 1) % STAGES
             mbarrier.wait(k_full.index(now), (j // STAGES) & 1)
-            _wait_for_turn(HALF)
             product = warpgroup_mma(
                 q_smem, k_smem.index(now).permute((1, 0)), zero_MS, use_acc=False, is_async=True
             )
             mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1)
             weighted = warpgroup_mma(share_MS, v_smem.index(before), acc_MH, is_async=True)
-            _pass_turn(HALF)
             logits_MS = warpgroup_mma_wait(1, deps=(product,))
             mbarrier.arrive(k_empty.index(now), count=1)
             if not ONE_MASKED_TILE:
@@ -274,14 +262,14 @@ def _consume(
     inverse_M = gl.where(sum_M > 0.0, 1.0 / sum_M, 0.0)
     out_MH = acc_MH * gl.convert_layout(inverse_M, gl.SliceLayout(1, OUT))[:, None]
     lse_M = gl.where(sum_M > 0.0, top_M + gl.log2(sum_M), -float("inf"))
-    sinside_M = (stoken_M >= begin) & (stoken_M < stop) & (srow_M < TILE_TOKENS // 2 * GROUP)
+    sinside_M = (stoken_M >= begin) & (stoken_M < stop) & (srow_M < tile_tokens // 2 * group)
     if slot >= 0:
-        base = (slot.to(gl.int64) * KV_HEADS + head) * 128 + HALF * (TILE_TOKENS // 2 * GROUP)
+        base = (slot.to(gl.int64) * kv_heads + head) * 128 + HALF * (tile_tokens // 2 * group)
         orow_M = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
         oat_H = gl.arange(0, HEAD, layout=gl.SliceLayout(0, OUT))
         at_MH = (base + orow_M)[:, None] * HEAD + oat_H[None, :]
         # rows outside the tile's tokens would be those of the other half
-        gl.store(partial_ptr + at_MH, out_MH, mask=(orow_M < TILE_TOKENS // 2 * GROUP)[:, None])
+        gl.store(partial_ptr + at_MH, out_MH, mask=(orow_M < tile_tokens // 2 * group)[:, None])
         gl.store(partial_lse_ptr + base + srow_M, lse_M, mask=sinside_M)
     else:
         q_smem.store(out_MH.to(dtype))  # Q is no longer needed; its buffer makes 16-byte rows
@@ -290,11 +278,11 @@ def _consume(
             q_smem.load(WIDE),
             mask=inside_M[:, None],
         )
-        splace_M = stoken_M.to(gl.int64) * (KV_HEADS * GROUP) + head * GROUP + srow_M % GROUP
+        splace_M = stoken_M.to(gl.int64) * (kv_heads * group) + head * group + srow_M % group
         gl.store(lse_ptr + splace_M, lse_M * 0.6931471805599453, mask=sinside_M)  # natural
 
 
-@gluon.jit(do_not_specialize=["KV_HEADS", "GROUP", "TILE_TOKENS", "items", "heads_together", "table_stride"])
+@gluon.jit(do_not_specialize=UNSPECIALISED)
 def attention_kernel(
     q_ptr,
     out_ptr,
@@ -308,13 +296,13 @@ def attention_kernel(
     scale2,
     items,
     table_stride,
-    KV_HEADS,
-    GROUP,
+    kv_heads,
+    group,
+    tile_tokens,
+    heads_together,
     HEAD: gl.constexpr,
     PAGE: gl.constexpr,
     BLOCK_S: gl.constexpr,
-    TILE_TOKENS,
-    heads_together,
     ONE_MASKED_TILE: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -345,21 +333,21 @@ def attention_kernel(
             (
                 _consume,
                 (0, q_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, items,
-                 scale2, q0_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, KV_HEADS,
-                 GROUP, HEAD, BLOCK_S, TILE_TOKENS, STAGES, heads_together, ONE_MASKED_TILE,
+                 scale2, q0_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, kv_heads,
+                 group, tile_tokens, heads_together, HEAD, BLOCK_S, STAGES, ONE_MASKED_TILE,
                  FIELDS),
             ),
             (
                 _consume,
                 (1, q_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, items,
-                 scale2, q1_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, KV_HEADS,
-                 GROUP, HEAD, BLOCK_S, TILE_TOKENS, STAGES, heads_together, ONE_MASKED_TILE,
+                 scale2, q1_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, kv_heads,
+                 group, tile_tokens, heads_together, HEAD, BLOCK_S, STAGES, ONE_MASKED_TILE,
                  FIELDS),
             ),
             (
                 _produce,
-                (k_desc, v_desc, items_ptr, table_ptr, items, table_stride, k_smem, v_smem,
-                 k_full, k_empty, v_full, v_empty, HEAD, PAGE, BLOCK_S, STAGES, heads_together,
+                (k_desc, v_desc, items_ptr, table_ptr, items, table_stride, heads_together,
+                 k_smem, v_smem, k_full, k_empty, v_full, v_empty, HEAD, PAGE, BLOCK_S, STAGES,
                  FIELDS),
             ),
         ],
@@ -371,7 +359,7 @@ def attention_kernel(
 def takes(heads: Any) -> bool:
     """Whether the kernel is made for such heads and pages."""
     types = heads.dtype == heads.page_dtype and heads.dtype in {torch.bfloat16, torch.float16}
-    sizes = heads.head_dim in {64, 128} and heads.page_tokens in {16, 32, 64, 128}
+    sizes = heads.head_dim in {64, 128} and heads.page_tokens in {64, 128}
     return types and sizes and heads.group <= 64
 
 
@@ -417,12 +405,12 @@ def try_out(device: torch.device, heads: Any) -> None:
         "items": 1,
         "table_stride": 1,
         "heads_together": 1,
-        "KV_HEADS": heads.kv_heads,
-        "GROUP": heads.group,
+        "kv_heads": heads.kv_heads,
+        "group": heads.group,
         "HEAD": heads.head_dim,
         "PAGE": heads.page_tokens,
         "BLOCK_S": 128,
-        "TILE_TOKENS": 1 << (128 // heads.group).bit_length() - 1,
+        "tile_tokens": 1 << (128 // heads.group).bit_length() - 1,
         "FIELDS": item.shape[1],
     }
     for one_masked_tile in (True, False):

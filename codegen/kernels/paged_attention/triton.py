@@ -15,6 +15,7 @@ M merges, F fields.
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -41,6 +42,15 @@ L2_BYTES = 41943040
 """Heads run together while their K and V fit into so much of L2 (50 MB on Hopper)."""
 MERGE_SLOTS = 16
 """Partial results that the merge holds at once."""
+UNSPECIALISED: tuple[str, ...] = (
+    "items",
+    "table_stride",
+    "kv_heads",
+    "group",
+    "tile_tokens",
+    "heads_together",
+)
+"""Arguments that differ from step to step or model to model: no compilation depends on them."""
 
 
 @triton.jit
@@ -84,7 +94,7 @@ def _tiles(
     return top_M, sum_M, acc_MH
 
 
-@triton.jit(do_not_specialize=["items", "heads_together", "table_stride"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_kernel(
     q_ptr,
     out_ptr,
@@ -98,14 +108,14 @@ def attention_kernel(
     scale2,
     items,
     table_stride,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+    kv_heads,
+    group,
+    tile_tokens,
+    heads_together,
     HEAD: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    heads_together,
     MASK_ALL: tl.constexpr,
     STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -127,9 +137,9 @@ def attention_kernel(
 
     row_M = tl.arange(0, BLOCK_M)
     at_H = tl.arange(0, HEAD)
-    token_M = first_token + row_M // GROUP
-    inside_M = (token_M >= begin) & (token_M < stop) & (row_M < TILE_TOKENS * GROUP)
-    place_M = token_M.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + row_M % GROUP
+    token_M = first_token + row_M // group
+    inside_M = (token_M >= begin) & (token_M < stop) & (row_M < tile_tokens * group)
+    place_M = token_M.to(tl.int64) * (kv_heads * group) + head * group + row_M % group
     q_MH = tl.load(
         q_ptr + place_M[:, None] * HEAD + at_H[None, :], mask=inside_M[:, None], other=0.0
     )
@@ -160,7 +170,7 @@ def attention_kernel(
     out_MH = acc_MH / safe_M[:, None]
     lse_M = tl.where(sum_M > 0, top_M + tl.log2(safe_M), float("-inf"))
     if slot >= 0:
-        slot_M = (slot.to(tl.int64) * KV_HEADS + head) * BLOCK_M + row_M
+        slot_M = (slot.to(tl.int64) * kv_heads + head) * BLOCK_M + row_M
         slot_MH = slot_M[:, None] * HEAD + at_H[None, :]
         tl.store(partial_ptr + slot_MH, out_MH, mask=inside_M[:, None])
         tl.store(partial_lse_ptr + slot_M, lse_M, mask=inside_M)
@@ -237,8 +247,8 @@ class Form:
     warps: int
     resident: int
     """Blocks that an SM holds at once."""
-    hopper: Any = None
-    """The module of the Gluon kernel, where that one runs."""
+    hopper: Callable[..., None] | None = None
+    """Runs the Gluon kernel, where that one is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,18 +419,18 @@ def _attend(
         "scale2": scale * math.log2(math.e),
         "items": len(work.items_IF),
         "table_stride": inputs.page_table_BP.stride(0),
+        "kv_heads": heads.kv_heads,
+        "group": heads.group,
+        "tile_tokens": form.tile_tokens,
         "heads_together": _heads_together(heads, inputs.page_table_BP.shape[1]),
-        "KV_HEADS": heads.kv_heads,
-        "GROUP": heads.group,
         "HEAD": heads.head_dim,
         "PAGE": heads.page_tokens,
         "BLOCK_S": form.keys,
-        "TILE_TOKENS": form.tile_tokens,
         "FIELDS": work.items_IF.shape[1],
     }
     grid = (len(work.items_IF) * heads.kv_heads,)
     if form.hopper:
-        form.hopper.attend(grid, arguments, *flat, one_masked_tile=work.one_masked_tile)
+        form.hopper(grid, arguments, *flat, one_masked_tile=work.one_masked_tile)
     else:
         box = [form.keys, heads.head_dim]
         attention_kernel[grid](
@@ -467,19 +477,19 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def _hopper(device: torch.device, heads: Heads) -> Any:
-    """The module of the Gluon kernel, tried once; None where it is of no use, said where it fails.
+def _hopper(device: torch.device, heads: Heads) -> Callable[..., None] | None:
+    """What runs the Gluon kernel, tried once; None where it is of no use, said where it fails.
 
     The try compiles it, so that no step does.
     """
     if not GLUON or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        from . import gluon  # noqa: PLC0415 - only Hopper has what it imports
+        from .gluon import attend, takes, try_out  # noqa: PLC0415 - only Hopper has its imports
 
-        if gluon.takes(heads):
-            gluon.try_out(device, heads)
-            return gluon
+        if takes(heads):
+            try_out(device, heads)
+            return attend
     except Exception as error:  # noqa: BLE001 - whatever a compiler of another version raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(

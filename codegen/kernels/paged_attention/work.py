@@ -182,9 +182,7 @@ def decode_list(
     )
 
 
-def packed_decodes(
-    decodes: Sequence[Queries], *, tile_keys: int, blocks_a_head: int
-) -> WorkList:
+def packed_decodes(decodes: Sequence[Queries], *, tile_keys: int, blocks_a_head: int) -> WorkList:
     """The list of known sequences with one tile of queries each: on the host, no idle items."""
     rows = torch.tensor(
         [(each.sequence, each.begin, each.end, each.keys, each.causal) for each in decodes]

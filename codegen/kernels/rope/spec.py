@@ -1,6 +1,6 @@
 """Rules of `rope`: one frequency for each pair of a head's elements."""
 
-from codegen.kernels.base import Spec, Value
+from codegen.kernels.base import Compilation, Spec, Value
 
 
 def infer(x: Value, positions: Value, inv_freq: Value, scale: float) -> Value:
@@ -12,4 +12,36 @@ def infer(x: Value, positions: Value, inv_freq: Value, scale: float) -> Value:
     return x
 
 
-SPEC = Spec(op="rope", infer=infer)
+SPEC = Spec(
+    op="rope",
+    infer=infer,
+    params={"ELEMENTS_A_WARP": 512},
+    cases=(
+        {"shape": (3, 4, 128), "dtype": "bf16"},
+        {"shape": (5, 3, 64), "dtype": "fp16"},
+        {"shape": (2, 5, 16), "dtype": "fp32"},
+        {"shape": (4, 2, 96), "dtype": "fp32", "columns": 600},
+    ),
+    # Angles are equal products; sine and cosine of fp32 are off by 2 units at most, times two
+    # elements below 8. In 16 bits the result may round to the other neighbour: one unit.
+    tolerance={"fp32": 2**-18, "bf16": 2**-7, "fp16": 2**-10},
+    compilations=tuple(
+        Compilation(
+            kernel="rope_kernel",
+            types={
+                "x_ptr": "*bf16",
+                "positions_ptr": "*i64",
+                "inv_freq_ptr": "*fp32",
+                "out_ptr": "*bf16",
+                **dict.fromkeys(("x_stride", "heads", "half"), "i32"),
+                "scale": "fp32",
+            },
+            constants={"BLOCK_N": heads, "BLOCK_H2": 64},
+            multiples_of_16=("x_stride", "half"),
+            num_warps=warps,
+            num_stages=1,
+            streams=True,
+        )
+        for heads, warps in ((8, 1), (32, 4), (64, 8))
+    ),
+)

@@ -196,11 +196,13 @@ def test_the_engine_preempts_recomputes_and_cancels_without_changing_a_token(poo
 
 def test_decodes_grow_over_every_shard_up_to_the_context_limit(pool):
     """An answer that starts in the first shard and ends with the context."""
+    kvp = pool.workers.plan.parallelism.kvp
+    if kvp == 1:
+        pytest.skip("one group holds everything")
     works = [(5, CONTEXT - 5)]
     answers, records, watcher = serve(pool, "llama", works)
     assert records[0].reason == "length"
     assert_all_greedy("llama", works, answers)
-    kvp = pool.workers.plan.parallelism.kvp
     assert {len(groups) for groups in watcher.groups} == set(range(1, kvp + 1))
 
 
