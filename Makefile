@@ -16,7 +16,7 @@ help:
 	@echo 'make setup   make .venv and install what constraints.txt pins'
 	@echo 'make demo    plan, serve mixed traffic in virtual time, run a tiny model on this CPU'
 	@echo 'make test    all tests that a CPU can run'
-	@echo 'make check   format, lint, types, architecture'
+	@echo 'make check   format, lint, types, architecture, output in the README'
 	@echo 'make bench   benchmarks'
 
 setup: $(STAMP)
@@ -51,6 +51,7 @@ check: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_architecture.py
+	$(RUN) bench/readme.py --check
 
 bench: setup
 	$(RUN) -m pytest bench/ --benchmark-only

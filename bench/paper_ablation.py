@@ -1,6 +1,7 @@
 """Why relative slack loses where it loses: one change at a time, on the 5 % mix.
 
-    python -m bench.paper_ablation --out FILE.csv [--qps 0.75] [--window 1200] [--seeds 2]
+    python -m bench.paper_ablation run --out FILE.csv [--qps 0.75] [--window 1200] [--seeds 2]
+    python -m bench.paper_ablation table FILE.csv --out FILE.md
 
 A row carries the variant in the column `policy`; its plan hash differs where the plan does.
 """
@@ -22,6 +23,16 @@ from plans.plan import Plan
 from plans.workload import TtftTarget
 from runtime.scheduler import Scheduling
 from runtime.scheduler.policy import LEAST_S, Policy, Prefills, Ranked, slack_s
+
+HEAD = (
+    "variant",
+    "seed (load)",
+    "short TTFT P50 / P90 / P99, s",
+    "long TTFT P50 / P90, s",
+    "long end to end, mean s",
+    "in time: short / long",
+    "TPOT P99, ms",
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -117,7 +128,7 @@ def variants(plan: Plan) -> Iterator[tuple[str, Plan, Policy]]:
 
 
 @app.command()
-def main(  # noqa: PLR0917 (typer reads one parameter a flag)
+def run(  # noqa: PLR0917 (typer reads one parameter a flag)
     out: Annotated[Path, typer.Option(help="CSV file that lines are added to.")],
     qps: float = 0.75,
     window: float = 1200.0,
@@ -143,6 +154,42 @@ def main(  # noqa: PLR0917 (typer reads one parameter a flag)
                 f" {outcome.wall_s:.0f} s",
                 flush=True,
             )
+
+
+@app.command()
+def table(
+    runs: Annotated[Path, typer.Argument(help="CSV file of run.")],
+    out: Annotated[Path, typer.Option(help="Markdown file.")],
+) -> None:
+    """Writes the variants in the order in which they ran."""
+    rows = read([runs])
+    first = rows[0]
+    about = f"""8B on 16 A100 at TP8 x SPP2, 5 % mix, {first.case.qps:g} requests/s, arrivals of
+{first.case.window_s:g} s, fair protocol as in `bench/paper_run.py`; virtual time, no GPU. Run on
+{first.origin.date}, code {first.origin.commit}, Python {first.origin.python}, numpy
+{first.origin.numpy}; plan {first.origin.plan_hash[:12]} where the variant does not change it.
+Command: `python -m bench.paper_ablation run`. Load is predicted lone prefill seconds a second."""
+    lines = [
+        "# One change at a time, simulated",
+        "",
+        about,
+        "",
+        f"| {' | '.join(HEAD)} |",
+        "|" + "---|" * len(HEAD),
+    ]
+    for row in rows:
+        times = [row[f"short_ttft_{figure}"] for figure in ("p50", "p90", "p99")]
+        cells = [
+            row.case.policy,
+            f"{row.case.seed} ({row['load']:.2f})",
+            " / ".join(f"{each:.3g}" for each in times),
+            f"{row['long_ttft_p50']:.3g} / {row['long_ttft_p90']:.3g}",
+            f"{row['long_e2e_mean']:.4g}",
+            f"{row['short_attained']:.1%} / {row['long_attained']:.1%}",
+            f"{row['all_tpot_p99'] * 1e3:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

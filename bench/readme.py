@@ -5,6 +5,7 @@ commands run one after the other in a temporary folder, so a later one sees what
 wrote. Lines that hold real time (`simulated in`) are left out: they differ from run to run.
 """
 
+import difflib
 import os
 import re
 import shlex
@@ -30,6 +31,8 @@ def main() -> int:
         README.write_text(new)
         return 0
     if new != old:
+        lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "shown", "now", n=0)
+        print("\n".join(lines), file=sys.stderr)
         print(f"{README.name} shows old output; renew it: python bench/readme.py", file=sys.stderr)
     return int(new != old)
 
@@ -45,9 +48,9 @@ def output(command: str, folder: str) -> str:
         text=True,
         check=True,
     )
-    lines = [line.rstrip() for line in result.stdout.splitlines() if "simulated in" not in line]
-    shown = "\n".join(["$ " + command, *lines])
-    return re.sub(r"\n{3,}", "\n\n", shown).rstrip() + "\n"
+    shown = [line.rstrip() for line in result.stdout.splitlines() if "simulated in" not in line]
+    text = "\n".join(["$ " + command, *shown])
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ catalog/model_aliases.yaml for models and from the field `aliases` for devices.
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +56,8 @@ def load_device(name: str) -> Device:
     """Device of the catalog; raises UnknownName."""
     found = _resolve(name, _device_spellings())
     if found is None:
-        raise UnknownName("device", name, names("devices"))
+        aliases = (load_file(_path("devices", each), Device).aliases for each in names("devices"))
+        raise UnknownName("device", name, (*names("devices"), *chain.from_iterable(aliases)))
     return load_file(_path("devices", found), Device)
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from planner.question import DEFAULT_HARDWARE, DEFAULT_WORKLOAD, Question, seconds, tokens
-from plans.errors import MedhaError, UsageError
+from plans.errors import InvalidFile, MedhaError, UsageError
+from runtime.interrupts import INTERRUPTED, loading
 
 if TYPE_CHECKING:
     from planner.explain import Table
@@ -19,14 +20,17 @@ if TYPE_CHECKING:
     from plans.plan import Plan
     from plans.topology import Device, Topology
 
-MOST_GPUS = 4096
-"""Where the search for a sufficient number of GPUs ends."""
+MOST_GPUS = 16384
+"""What --gpus takes at most, and where the search for a sufficient number ends."""
+WITH_A_PLAN = {"plan_file", "prompt_tokens", "format_"}
+"""Parameters that mean something when a plan is given."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
+    context: typer.Context,
     plan_file: Annotated[
         Path | None,
         typer.Argument(metavar="[PLAN.yaml]", help="Check and evaluate this plan instead."),
@@ -92,8 +96,7 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
         if schema:
             _print_schema()
         elif plan_file is not None:
-            if model is not None or gpus is not None:
-                raise UsageError("PLAN.yaml and --model/--gpus exclude each other")
+            _refuse_flags_of_a_search(context)
             _evaluate(plan_file, prompt_tokens, format_)
         else:
             if prompt_tokens is not None:
@@ -105,8 +108,8 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
                 raise UsageError(
                     f"{missing} is missing, as in: medha-plan --model llama3-70b --gpus 16"
                 )
-            if gpus < 1:
-                raise UsageError(f"--gpus {gpus}: at least 1 GPU is needed")
+            if not 1 <= gpus <= MOST_GPUS:
+                raise UsageError(f"--gpus {gpus}: must be from 1 to {MOST_GPUS}")
             ask = Question(
                 model=model,
                 gpus=gpus,
@@ -132,7 +135,22 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
             )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _refuse_flags_of_a_search(context: typer.Context) -> None:
+    """A flag that decides a search would be ignored beside a plan, and the answer misread."""
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name not in WITH_A_PLAN
+        and str(context.get_parameter_source(str(parameter.name))).endswith("COMMANDLINE")
+    ]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: not beside PLAN.yaml, which says it all; only --prompt-tokens"
+            " and --format go with it"
+        )
 
 
 def _print_schema() -> None:
@@ -192,7 +210,8 @@ def _search(
     )
     files: dict[str, bytes] = {}
     if kernels:
-        from planner.bundle import compile_plan
+        with loading():
+            from planner.bundle import compile_plan
 
         plan, files = compile_plan(plan, dump_graph=dump_graph)
     check_plan(plan, where=f"{name} (a bug of the planner)")
@@ -249,7 +268,7 @@ def _bigger_machines(device: "Device", gpus: int, node_type: Path | None) -> Ite
 
     for power in range(1, MOST_GPUS.bit_length()):
         for count in (1 << power, 3 << (power - 1)):  # 16, 24, 32, 48: whole nodes of 8
-            if count > gpus and count not in {3, 6, 12}:
+            if gpus < count <= MOST_GPUS and count not in {3, 6, 12}:
                 try:
                     yield topology_for(device, count, node_type)
                 except UsageError:  # the user's machine ends here
@@ -262,6 +281,7 @@ def _evaluate(path: Path, prompt_tokens: str | None, format_: str) -> None:
     from plans.check import check_plan
     from plans.codec import load_file
     from plans.plan import Plan
+    from runtime.scheduler import load_policy
 
     where = path / "plan.yaml" if path.is_dir() else path
     given = load_file(where, Plan)
@@ -271,6 +291,10 @@ def _evaluate(path: Path, prompt_tokens: str | None, format_: str) -> None:
             f"--prompt-tokens {asked}: exceeds limits.context_tokens {given.limits.context_tokens}"
         )
     _check_given(given, where)
+    try:
+        load_policy(given.scheduler.policy, given.scheduler)
+    except UsageError as error:
+        raise InvalidFile(str(where), "scheduler.policy", str(error)) from None
     plan = evaluate(given, asked)
     check_plan(plan, where=str(where))
     commands = run_commands(str(where.parent), program=bool(plan.files))
@@ -283,7 +307,6 @@ def _evaluate(path: Path, prompt_tokens: str | None, format_: str) -> None:
 def _check_given(given: "Plan", where: Path) -> None:
     """Refuses what no new prediction can repair: everything but predicted numbers."""
     from plans.check import failures
-    from plans.errors import InvalidFile
 
     derived = ("chunk-seconds", "predicted", "predicted-bounds")
     found = [each for each in failures(given) if each.name not in derived]
@@ -360,7 +383,7 @@ def main() -> None:
         raise SystemExit(error.exit_status) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from msgspec import to_builtins
 
 from planner.memory import gigabytes
 from planner.search import Found, Priced, solo_s, tbt_s
-from planner.space import Rejected, degrees
+from planner.space import Rejected, degrees, gpus_text
 from plans.plan import Memory, Plan
 
 BAR_WIDTH = 10
@@ -58,13 +58,13 @@ def memory_bar(memory: Memory) -> str:
 def arithmetic(plan: Plan) -> str:
     """`16 GPUs = tp 8 x spp 2 x kvp 1 x 1 replica`."""
     idle = f" + {plan.parallelism.idle} idle" if plan.parallelism.idle else ""
-    return f"{plan.topology.devices} GPUs = {degrees(plan.parallelism)}{idle}"
+    return f"{gpus_text(plan.topology.devices)} = {degrees(plan.parallelism)}{idle}"
 
 
 def ranking(found: Found, context_tokens: int, top: int) -> Table:
     """The best candidates; the first is the plan."""
-    short = min(SHORT_TOKENS, context_tokens)
-    at = tokens_text(short), tokens_text(context_tokens)
+    lengths = sorted({min(SHORT_TOKENS, context_tokens), context_tokens})
+    at = [tokens_text(length) for length in lengths]
     rows = []
     for rank, each in enumerate(found.ranked[:top], start=1):
         p = each.candidate.parallelism
@@ -72,10 +72,12 @@ def ranking(found: Found, context_tokens: int, top: int) -> Table:
             (
                 str(rank),
                 f"{p.tp}x{p.spp}x{p.kvp}x{p.replicas}",
-                seconds_text(solo_s(each.sizes, each.time, short, each.shard_tokens)),
+                *(
+                    seconds_text(solo_s(each.sizes, each.time, length, each.shard_tokens))
+                    for length in lengths[:-1]
+                ),
                 seconds_text(each.ttft_longest_s),
-                seconds_text(tbt_s(each.time, short, each.shard_tokens)),
-                seconds_text(tbt_s(each.time, context_tokens, each.shard_tokens)),
+                *(seconds_text(tbt_s(each.time, length, each.shard_tokens)) for length in lengths),
                 f"{each.capacity.rps:.3g}",
                 memory_bar(each.footprint.memory),
                 each.capacity.bound_by,

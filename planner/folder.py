@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from planner.search import Found
-from planner.space import degrees
-from plans.errors import UsageError
+from planner.space import degrees, gpus_text
+from plans.errors import MedhaError, UsageError
 from plans.plan import Plan
 
 PLAN_FILE = "plan.yaml"
@@ -73,9 +73,12 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        if folder.is_symlink() or (folder.exists() and any(folder.iterdir())):
+        check_target(folder, overwrite=overwrite)  # another run may have been faster
+        if folder.is_symlink() or (overwrite and folder.exists() and any(folder.iterdir())):
             folder.rename(old)
         fresh.rename(folder)
+    except OSError as error:
+        raise MedhaError(f"{folder}: cannot be written: {error.strerror}") from error
     finally:
         if old.is_symlink() or old.exists():
             if folder.exists():
@@ -132,7 +135,7 @@ def readme(plan: Plan, commands: tuple[str, ...], *, program: bool) -> bytes:
     )
     return f"""# {plan.name}
 
-{plan.topology.devices} GPUs = {degrees(p)}{idle}, for {plan.model.name}
+{gpus_text(plan.topology.devices)} = {degrees(p)}{idle}, for {plan.model.name}
 with up to {plan.limits.context_tokens} tokens of context on {plan.topology.device}.
 
 `plan.yaml` is the plan; `alternatives.csv` lists every candidate, ranked or rejected, and why.

@@ -20,6 +20,8 @@ DEFAULT_THETA = 10000.0
 DEFAULT_NORM_EPS = 1e-6
 QWEN3_HEAD_DIM = 128
 MISTRAL_WINDOW = 4096
+MOST_FACTOR = 1e6
+"""Of RoPE scaling; beyond any use, and it keeps the context limit a sane number."""
 
 
 def read_config(folder: Path, *, context_tokens: int | None = None) -> Model:
@@ -34,7 +36,7 @@ def read_config(folder: Path, *, context_tokens: int | None = None) -> Model:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidFile(str(folder), "", "has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise InvalidFile(str(path), "", f"is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise InvalidFile(str(path), "", "must hold one JSON object")
@@ -126,6 +128,8 @@ class _Fields:
 def _refuse_unsupported(fields: _Fields, model_type: str) -> None:
     """Raises InvalidFile for what changes the numbers and cannot be said by Model."""
     named = fields.get("architectures") or []
+    if not isinstance(named, list):
+        fields.fail("architectures", f"{named!r} is not a list")
     if named and not any(str(name).endswith("ForCausalLM") for name in named):
         fields.fail("architectures", f"{named!r} has no language model head; ...ForCausalLM has")
     if fields.get("quantization_config") is not None:
@@ -196,8 +200,8 @@ def _scaled_rope(settings: _Fields, kind: str, *, theta: float, limit: int) -> t
     if settings.get("truncate") is False:
         settings.fail("truncate", "false is not supported; supported: true")
     factor = settings.positive("factor")
-    if factor < 1:
-        settings.fail("factor", f"{factor:g} is below 1")
+    if not 1 <= factor <= MOST_FACTOR:
+        settings.fail("factor", f"{factor:g} is not from 1 to {MOST_FACTOR:g}")
     original_field = "original_max_position_embeddings"
     if kind == "linear":
         scaling = RopeScaling(kind="linear", factor=factor, original_context_tokens=limit)
@@ -243,7 +247,8 @@ def _window(fields: _Fields, model_type: str) -> int | None:
     """Tokens that the narrowest layer attends to, or None where all layers see everything."""
     kinds = fields.get("layer_types")
     if kinds is not None:
-        if not isinstance(kinds, list) or set(kinds) - {"full_attention", "sliding_attention"}:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
             fields.fail("layer_types", f"{kinds!r}: supported are full and sliding attention")
         return fields.count("sliding_window") if "sliding_attention" in kinds else None
     if model_type == "mistral":

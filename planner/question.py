@@ -42,7 +42,7 @@ class Question:
         )
         for flag, value, default in optional:
             if value != default:
-                words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+                words += [flag, str(value).removesuffix(".0")]
         return shlex.join(words)
 
 

@@ -50,6 +50,11 @@ class Rejected:
     nearest: str = ""
 
 
+def gpus_text(count: int) -> str:
+    """`1 GPU`, `16 GPUs`."""
+    return f"{count} GPU{'s'[: count > 1]}"
+
+
 def degrees(parallelism: Parallelism) -> str:
     """`tp 8 x spp 2 x kvp 1 x 1 replica`."""
     p = parallelism

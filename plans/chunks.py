@@ -76,8 +76,8 @@ class WorkTable:
 
     Chunk i enters stage k when chunk i left stage k-1 and chunk i-1 left stage k; with p stages it
     enters the first no sooner than chunk i-p left the last, since no more steps are in flight than
-    there are stages. The boundaries of full chunks are computed once, up to the longest prompt asked
-    for; a query adds one chunk.
+    there are stages. The boundaries of full chunks are computed once, up to the longest prompt
+    asked for; a query adds one chunk.
     """
 
     def __init__(self, rows: tuple[ChunkRow, ...], step_time: StepTime, shard_tokens: int) -> None:

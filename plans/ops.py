@@ -104,7 +104,7 @@ OPS: dict[str, Op] = {
 
 
 class HostInputs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The lengths of a step as the host knows them, so that no launch has to wait for the device."""
+    """The lengths of a step as the host knows them, so that no launch waits for the device."""
 
     query_starts: tuple[int, ...]
     """As query_starts_B1."""

@@ -28,6 +28,10 @@ WORKLOAD_DURATION_S = 300.0
 """How long a workload, which has no end of its own, is offered where nobody says."""
 
 
+MOST_REQUESTS = 10_000_000
+"""What a run may offer at most: some gigabytes of requests and records."""
+
+
 class Offered(Struct, frozen=True, kw_only=True):
     """Requests by arrival, numbered in that order from 0, and what a reader must know of them."""
 
@@ -76,10 +80,21 @@ def offer(source: Path | Workload, load: Load, *, context_tokens: int) -> Offere
     return _from_trace(trace_or_workload, load, context_tokens)
 
 
+def _check_count(requests: float, flags: str) -> None:
+    """Refuses what memory could not hold, before any of it is drawn; raises UsageError."""
+    if requests > MOST_REQUESTS:
+        raise UsageError(
+            f"{flags} offers {requests:.3g} requests; at most {MOST_REQUESTS:,} are simulated"
+        )
+
+
 def _check(load: Load) -> None:
     for flag, value in (("--qps", load.qps), ("--duration", load.duration_s)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{flag} {value}: must be above 0 and finite")
+    if load.qps is not None and load.duration_s is not None:
+        flags = f"--qps {load.qps:g} for --duration {load.duration_s:g}"
+        _check_count(load.qps * load.duration_s, flags)
     if load.seed < 0:
         raise UsageError(f"--seed {load.seed}: must be 0 or more")
 
@@ -217,6 +232,7 @@ def _from_workload(workload: Workload, load: Load, context_tokens: int) -> Offer
         raise UsageError(f"{workload.name} has no arrivals: use --arrivals poisson or burst")
     qps = _rate(load, f"workload {workload.name}")
     duration_s = load.duration_s or WORKLOAD_DURATION_S
+    _check_count(qps * duration_s, f"--qps {qps:g} for {duration_s:g} s")
     if arrivals == "poisson":
         times = poisson_times(child_rng(load.seed, "arrivals"), qps, duration_s=duration_s)
     else:

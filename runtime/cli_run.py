@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plans.errors import InvalidFile, MedhaError, UsageError
+from plans.errors import InvalidFile, MedhaError
+from runtime.interrupts import INTERRUPTED, loading
+from runtime.outputs import check_output
 
 if TYPE_CHECKING:
     from plans.plan import Plan
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from runtime.tokenizer import Tokenizer
 
 RANDOM, NONE = "random", "none"
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells report it."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -57,11 +57,12 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no table.")] = False,
 ) -> None:
     """Generates an answer for every request of a file."""
-    from runtime.offline import OfflineRun, read_jobs, result_line, write_results
-    from runtime.parallel.launch import check_launch, torchrun_place, torchrun_setup
-    from runtime.parallel.worker import run_worker
-    from runtime.program import load_bundle
-    from runtime.scheduler import load_policy
+    with loading():
+        from runtime.offline import OfflineRun, read_jobs, result_line, write_results
+        from runtime.parallel.launch import check_launch, torchrun_place, torchrun_setup
+        from runtime.parallel.worker import run_worker
+        from runtime.program import load_bundle
+        from runtime.scheduler import load_policy
 
     logging.basicConfig(format="%(message)s", level=logging.ERROR if quiet else logging.WARNING)
     loaded = load_bundle(bundle)
@@ -69,10 +70,10 @@ def run(
     place = torchrun_place(os.environ)
     check_launch(plan, place)
     if place is not None and place.rank > 0:
-        raise typer.Exit(run_worker(torchrun_setup(str(bundle), weights, seed, place)))
+        raise typer.Exit(run_worker(torchrun_setup(str(bundle), plan, weights, seed, place)))
     scheduling = load_policy(policy or plan.scheduler.policy, plan.scheduler)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    if out is not None:
+        check_output("--out", out)
     reader = _tokenizer(tokenizer, weights, plan.model.vocab)
     jobs = read_jobs(requests, plan, reader, end_tokens=_end_tokens(reader, weights))
     try:
@@ -140,8 +141,9 @@ def _generate(
 
     plan, clock = bundle.plan, WallClock()
     if plan.parallelism.ranks > 1:
-        with running_workers(str(bundle.folder), plan, weights, seed, place) as workers:
-            return offline.run(plan, ParallelExecutor(plan, workers, clock), clock, scheduling)
+        with running_workers(str(bundle.folder), plan, weights, seed, place) as replicas:
+            executors = [ParallelExecutor(plan, workers, clock) for workers in replicas]
+            return offline.run(plan, executors, clock, scheduling)
     device = device_for(plan)
     program = bundle.load_stage(0)
     tensors = (
@@ -151,7 +153,7 @@ def _generate(
     )
     executor = LiveExecutor(plan, program, tensors, clock=clock)
     executor.warm_up()
-    return offline.run(plan, executor, clock, scheduling)
+    return offline.run(plan, [executor], clock, scheduling)
 
 
 @contextmanager

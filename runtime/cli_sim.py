@@ -2,14 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from plans.errors import InvalidFile, MedhaError, UsageError
+from plans.errors import MedhaError, UsageError
+from runtime.interrupts import INTERRUPTED
+from runtime.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -117,12 +119,14 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     policies = list(dict.fromkeys(policy or [plan.scheduler.policy]))
     single = {"--timeline": timeline, "--decisions": decisions}
     _check_flags(plan, policies, runs=len(policies) * seeds, single=single, plot=plot)
+    figures = None if json is None or json == "-" else Path(json)
+    _check_outputs({**single, "--plot": plot, "--json": figures})
     load = Load(qps=qps, duration_s=duration, seed=seed, arrivals=arrivals)
     if trace is None and qps is None:
         load = _default_load(plan, load)
     served: list[Served] = []
     recorders: list[Recorder] = []
-    with _progress() as progress:
+    with _interruptible(), _progress() as progress:
         for each in range(seed, seed + seeds):
             source = plan.workload if trace is None else trace
             load = _seeded(load, each)
@@ -146,7 +150,8 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     if timeline is not None:
         from runtime.timeline import write_timeline
 
-        _write(timeline, lambda path: write_timeline(path, recorders))
+        with written_whole(timeline) as partial:
+            write_timeline(partial, recorders)
     if plot is not None:
         _plot(plot, plan, served)
     if json is not None:
@@ -154,8 +159,25 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
         if json == "-":
             print(text)
             return
-        _write(Path(json), lambda path: path.write_text(text + "\n"))
+        with written_whole(Path(json)) as partial:
+            partial.write_text(text + "\n")
     print_tables(plan, load, served)
+
+
+def _check_outputs(written: "dict[str, Path | None]") -> None:
+    for flag, path in written.items():
+        if path is not None:
+            check_output(flag, path)
+
+
+@contextmanager
+def _interruptible() -> "Iterator[None]":
+    """Ctrl-C ends with a word and 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _check_flags(
@@ -191,15 +213,8 @@ def _decision_log(path: Path | None, plan: "Plan", policy: str) -> "Iterator[Log
         return
     from runtime.decisions import DecisionLog
 
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield DecisionLog(file, plan, policy)
-        partial.replace(path)
-    except OSError as error:
-        raise InvalidFile(str(path), "", f"cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path) as partial, partial.open("wb") as file:
+        yield DecisionLog(file, plan, policy)
 
 
 def _replay(plan: "Plan", path: Path) -> None:
@@ -220,13 +235,6 @@ def _seeded(load: "Load", seed: int) -> "Load":
     import msgspec
 
     return msgspec.structs.replace(load, seed=seed)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        write(path)
-    except OSError as error:
-        raise InvalidFile(str(path), "", f"cannot be written: {error.strerror}") from None
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -377,7 +385,8 @@ def _plot(path: Path, plan: "Plan", served: "list[Served]") -> None:
             if samples:
                 classes.setdefault(name, {})[policy] = np.array(samples)
     title = f"{plan.name}, {served[0].offered.source} (simulated)"
-    _write(path, lambda to: draw_ttft(to, classes, title=title))
+    with written_whole(path) as partial:
+        draw_ttft(partial, classes, title=title)
 
 
 def main() -> None:

@@ -5,12 +5,11 @@ can be wrong with a line is found before weights are loaded, and named by file, 
 """
 
 import json
-import os
-import secrets
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -21,16 +20,18 @@ from plans.fields import explain, path_text
 from plans.model import Count
 from plans.plan import Plan
 from runtime.clock import Clock
-from runtime.engine import Engine
-from runtime.executor.base import Executor, Step, StepResult
+from runtime.executor.base import StepResult
 from runtime.metrics import Spread, spread
+from runtime.outputs import written_whole
+from runtime.parallel.replicas import Replica, TokenExecutor, serve_all
 from runtime.request import Record, Request
-from runtime.request import Sequence as Live
 from runtime.sampling_params import SEED_MAX, SamplingParams
 from runtime.scheduler import Scheduling
 from runtime.tokenizer import TextStream, Tokenizer
 
 TokenId = Annotated[int, Meta(ge=0)]
+ARRIVAL_MAX_S = 31_536_000
+"""A year: no run waits longer, and clocks can sleep that long."""
 
 
 class RequestLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,7 +57,7 @@ class RequestLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Tokens that end the answer, besides the model's own end tokens."""
     ignore_eos: bool = False
     """Goes on over the model's own end tokens."""
-    arrival_s: Annotated[float, Meta(ge=0)] = 0.0
+    arrival_s: Annotated[float, Meta(ge=0, le=ARRIVAL_MAX_S)] = 0.0
     """Seconds after the start at which the request arrives."""
 
 
@@ -137,7 +138,9 @@ def read_jobs(
 def _parsed(line: str, where: str) -> RequestLine:
     try:
         data = json.loads(line, object_pairs_hook=_without_repeats, parse_constant=_no_number)
-    except ValueError as error:
+        if "\\u" in line:  # half of a surrogate pair is no text: it can be neither read nor written
+            json.dumps(data, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise InvalidFile(where, "", f"is no JSON: {error}") from None
     try:
         return msgspec.convert(data, RequestLine)
@@ -213,19 +216,18 @@ def _prompt(line: RequestLine, vocab: int, tokenizer: Tokenizer | None, where: s
         raise InvalidFile(
             where, "", f"exactly one of prompt, token_ids and messages is needed, found {found}"
         )
-    tokens = line.token_ids
+    tokens = line.token_ids if getattr(line, given[0]) else []
     if tokens is None:
         if tokenizer is None:
             raise InvalidFile(where, given[0], "needs a tokenizer; token_ids works without one")
         try:
-            text_tokens = (
+            tokens = (
                 tokenizer.encode_chat(line.messages)
                 if line.messages is not None
                 else tokenizer.encode(line.prompt or "")
             )
         except UsageError as error:
             raise InvalidFile(where, given[0], str(error)) from None
-        tokens = text_tokens if line.messages or line.prompt else []
     if not tokens:
         raise InvalidFile(where, given[0], "is empty; a prompt has at least one token")
     if max(tokens) >= vocab:
@@ -289,16 +291,8 @@ class _Answer:
         )
 
 
-class TokenExecutor(Executor, Protocol):
-    """An executor that computes tokens, on one rank or many."""
-
-    def add_request(self, number: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        """Makes a request known, before the first step that holds a piece of it."""
-        ...
-
-
 class OfflineRun:
-    """Observer and token sink of one engine run over jobs."""
+    """The answers to a file of jobs, as one engine or several of them come to them."""
 
     def __init__(
         self,
@@ -315,7 +309,7 @@ class OfflineRun:
         self.error: MedhaError | None = None
         """Why the run broke off, if it did; every request has a result all the same."""
         self._on_progress = on_progress
-        self._now_s = 0.0
+        self._lock = threading.Lock()
         self._answers = {
             job.request.number: _Answer(
                 job,
@@ -327,70 +321,70 @@ class OfflineRun:
         }
 
     def run(
-        self, plan: Plan, executor: TokenExecutor, clock: Clock, scheduling: Scheduling
+        self,
+        plan: Plan,
+        executors: Sequence[TokenExecutor],
+        clock: Clock,
+        scheduling: Scheduling,
     ) -> list[Result]:
         """Serves all jobs to their ends; results in the order of the jobs.
 
-        Where the executor fails, the rest ends as `failed`, and `error` says why.
+        executors  one a replica; each has its own engine, and several run in threads
+
+        Where an executor fails, what it had to do ends as `failed`, and `error` says why.
         """
-        engine = Engine(
-            plan, executor, clock, scheduling, on_token=self._take, observer=self, learn=True
-        )
+        replicas = [Replica(plan, executor, clock, scheduling, sink=self) for executor in executors]
         started_s = clock.now_s()  # loading was before; no request waited for it
-        for number, answer in self._answers.items():
-            executor.add_request(number, answer.job.prompt, answer.job.sampling)
+        free_s = [0.0 for _ in replicas]
+        for answer in sorted(self._answers.values(), key=lambda each: each.job.request.arrival_s):
             request = answer.job.request
-            engine.add(msgspec.structs.replace(request, arrival_s=started_s + request.arrival_s))
-        try:
-            engine.run()
-        except MedhaError as error:
-            self.error = error
-            engine.close("failed")
-        self.records = sorted(engine.records, key=lambda record: record.request.number)
+            ready_s = [max(each, request.arrival_s) for each in free_s]
+            chosen = ready_s.index(min(ready_s))  # the least predicted seconds of prefill ahead
+            free_s[chosen] = ready_s[chosen] + replicas[chosen].work_s(request.prompt_tokens)
+            at_s = started_s + request.arrival_s
+            replicas[chosen].add(
+                msgspec.structs.replace(request, arrival_s=at_s),
+                answer.job.prompt,
+                answer.job.sampling,
+            )
+        self.error = serve_all(replicas)
+        self.records = sorted(
+            (record for replica in replicas for record in replica.engine.records),
+            key=lambda record: record.request.number,
+        )
         records = {record.request.number: record for record in self.records}
         return [answer.result(records.get(number)) for number, answer in self._answers.items()]
 
-    def _take(self, number: int, token: int) -> str | None:
-        self.progress.generated_tokens += 1
-        answer = self._answers[number]
-        self.progress.started += not answer.tokens
-        return answer.take(token, self._now_s)
-
-    def arrived(self, sequence: Live, now_s: float) -> None:
-        """Nothing to note."""
-
-    def submitted(self, step: Step, now_s: float) -> None:
-        """Nothing to note."""
+    def take(self, number: int, token: int, now_s: float) -> str | None:
+        """A request's next token; the reason to stop, if it is one."""
+        with self._lock:
+            self.progress.generated_tokens += 1
+            answer = self._answers[number]
+            self.progress.started += not answer.tokens
+            return answer.take(token, now_s)
 
     def collected(self, result: StepResult) -> None:
-        """Counts prompt tokens and keeps the time of the tokens that follow."""
-        self._now_s = result.finished_s
-        for chunk in result.step.chunks:
-            answer = self._answers[chunk.request]
-            reached = min(chunk.prefix + chunk.tokens, len(answer.job.prompt))
-            self.progress.prefilled_tokens += max(reached - answer.prefilled, 0)
-            answer.prefilled = max(answer.prefilled, reached)
-        if self._on_progress is not None:
-            self._on_progress(self.progress)
+        """Counts the prompt tokens of a step."""
+        with self._lock:
+            for chunk in result.step.chunks:
+                answer = self._answers[chunk.request]
+                reached = min(chunk.prefix + chunk.tokens, len(answer.job.prompt))
+                self.progress.prefilled_tokens += max(reached - answer.prefilled, 0)
+                answer.prefilled = max(answer.prefilled, reached)
+            if self._on_progress is not None:
+                self._on_progress(self.progress)
 
-    def ended(self, record: Record, now_s: float) -> None:
-        """Counts the request."""
-        self.progress.finished += 1
+    def ended(self) -> None:
+        """Counts a request."""
+        with self._lock:
+            self.progress.finished += 1
 
 
 def write_results(path: str | Path, results: Iterable[Result]) -> None:
     """Writes one JSON object a line; a reader sees all of them or none."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("wb") as file:
-            for result in results:
-                file.write(result_line(result))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(Path(path)) as partial, partial.open("wb") as file:
+        for result in results:
+            file.write(result_line(result))
 
 
 def result_line(result: Result) -> bytes:

@@ -98,8 +98,8 @@ class Record(Struct, frozen=True, kw_only=True):
     evictions: int
     recomputed_tokens: int
     reason: str
-    """`length`, `stop`, `cancelled`, `refused`, `unfinished` where the run ended before, or `failed`
-    where the run broke off."""
+    """`length`, `stop`, `cancelled`, `refused`; `unfinished` where the run ended before, `failed`
+    where it broke off."""
 
     @property
     def finished(self) -> bool:

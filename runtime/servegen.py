@@ -206,7 +206,14 @@ def _lengths(where: str, text: str) -> tuple[tuple[float, Lengths, Lengths], ...
             inputs, outputs = (_parse(columns[name]) for name in ("input_tokens", "output_tokens"))
             if inputs is not None and outputs is not None:
                 rows.append((float(start), inputs, outputs))
-    except (msgspec.DecodeError, KeyError, ValueError) as error:
+    except (
+        msgspec.DecodeError,
+        AttributeError,  # a table that is no text
+        KeyError,
+        OverflowError,
+        RecursionError,
+        ValueError,
+    ) as error:
         raise InvalidFile(where, "", f"no length distribution: {error}") from None
     return tuple(sorted(rows, key=lambda row: row[0]))
 

@@ -155,7 +155,7 @@ def _json(path: Path, file: IO[str]) -> Iterator[Line]:
             continue
         try:
             yield line, msgspec.json.decode(text, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise InvalidFile(
                 str(path), f"line {line}", f"not one JSON object a line: {error}"
             ) from None
@@ -252,7 +252,8 @@ class _RowReader:
 
     def _arrival(self, line: int, record: dict[str, Any]) -> float | None:
         column = self._columns.arrival
-        if column is None or record.get(column) in {None, ""}:
+        # compared one by one: JSON may hold a list, which no set takes
+        if column is None or record.get(column) in (None, ""):
             return None
         if self._columns.unit == "date":
             try:
@@ -264,7 +265,7 @@ class _RowReader:
         return value / 1000 if self._columns.unit == "ms" else value
 
     def _target(self, line: int, record: dict[str, Any], column: str) -> float | None:
-        if record.get(column) in {None, ""}:
+        if record.get(column) in (None, ""):
             return None
         value = self.number(line, record, column)
         if value == 0:

@@ -88,10 +88,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(map(Path, weight_map.values())))
+        except (OSError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise BundleMismatch(f"{index}: is no safetensors index: {error!r}") from None
-        strange = [name for name in names if Path(name).name != name]
+        strange = [name for name in names if Path(name.name) != name]
         missing = [name for name in names if not (folder / name).is_file()]
         if strange or missing:
             problems = [f"{name}: named by the index, missing" for name in strange or missing]

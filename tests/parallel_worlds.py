@@ -57,7 +57,7 @@ def mesh_name(mesh: Parallelism) -> str:
 
 
 def mesh_plan(mesh: Parallelism, model: Model, **changes: Any) -> Plan:
-    """A plan of a model on a mesh; a shard of its KV is small, so that requests grow over groups."""
+    """A plan of a model on a mesh; shards are small, so that requests grow over the groups."""
     return make_plan(model=model, parallelism=mesh, rows=ROWS, **changes)
 
 
@@ -130,7 +130,7 @@ def pool_of(mesh: Parallelism, folder: Path, families: Sequence[str] = ()) -> It
     bundles = {name: mesh_bundle(folder / name, plan) for name, plan in plans.items()}
     first = names[0]
     plans = {name: load_bundle(bundles[name]).plan for name in names}
-    with running_workers(str(bundles[first]), plans[first], "random", SEED, None) as workers:
+    with running_workers(str(bundles[first]), plans[first], "random", SEED, None) as [workers]:
         yield Pool(workers=workers, bundles=bundles, plans=plans, opened=first)
 
 

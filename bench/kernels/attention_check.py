@@ -72,7 +72,7 @@ def main() -> None:
     torch.manual_seed(random.SystemRandom().randrange(1 << 30))
     failures = 0
     shapes = [(8, 4, 128, 128), (8, 8, 128, 128), (2, 4, 128, 64), (1, 16, 64, 64), (2, 1, 64, 16),
-              (2, 7, 128, 64), (1, 3, 128, 128), (4, 4, 128, 16)]  # fmt: skip
+              (2, 7, 128, 64), (1, 3, 128, 128), (2, 1, 128, 64)]  # fmt: skip
     combinations = list(itertools.product(BATCHES[:3] if small else BATCHES, shapes))
     if small:
         combinations = combinations[::4]

@@ -1,10 +1,10 @@
 """Our attention beside FlashAttention-3, alternately in one process, on this GPU.
 
-    PYTHONPATH=. python bench/kernels/attention_peers.py --out DIR [--rows prefill,decode] [--fast]
+    PYTHONPATH=. python bench/kernels/attention_peers.py [--out DIR] [--rows chunk,decode]
 
 Each candidate is checked against fp32 first and not timed if it is off. Figures are medians over
 rounds in which every candidate runs once, and ratios are medians of the rounds' ratios: the chip is
-power-limited, so rates drift by more than the candidates differ. Writes attention_peers.csv and .md.
+power-limited, so rates drift by more than candidates differ. Writes attention_peers.csv and .md.
 Ours reads pages in random order, the peer dense keys. Our work list is built once a step for all
 layers of a model, so it is not part of a call; its own time is the column `list_us`.
 """
@@ -12,7 +12,7 @@ layers of a model, so it is not part of a call; its own time is the column `list
 import argparse
 import csv
 import dataclasses
-import datetime
+import datetime as dt
 import gc
 import math
 import statistics
@@ -25,8 +25,16 @@ from typing import Any
 
 import torch
 import triton
-from attention_cases import Case, flash_attention_3, make, ours, portable, relative_error
 
+from bench.kernels.attention_cases import (
+    Case,
+    Problem,
+    flash_attention_3,
+    make,
+    ours,
+    portable,
+    relative_error,
+)
 from codegen.kernels.paged_attention import triton as kernel
 
 K = 1024
@@ -85,79 +93,98 @@ def replayed(runs: list[Callable[[], Any]]) -> Callable[[], float]:
     return lambda: timed(graph.replay, 8) / len(runs)
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """A row a candidate."""
-    copies = 6 if case.graph else 1
-    problems = [make(case, seed) for seed in range(copies)]
-    began = time.perf_counter()
-    candidates: dict[str, list[Callable[[], Any]]] = {
-        "ours": [ours(each, kernel) for each in problems]
-    }
-    torch.cuda.synchronize()
-    problems[0].inputs.memo.clear()
-    began = time.perf_counter()
-    ours(problems[0], kernel)
-    list_us = 1e6 * (time.perf_counter() - began)
+def candidates_of(case: Case, problems: list[Problem]) -> dict[str, list[Callable[[], Any]]]:
+    """By name, a call for each copy of the data."""
+    found = {"ours": [ours(each, kernel) for each in problems]}
     if (case.name, case.queries, case.heads) in PORTABLE and case.keys <= 128 * K:
-        candidates["portable Triton"] = [portable(each, kernel) for each in problems]
+        found["portable Triton"] = [portable(each, kernel) for each in problems]
     try:
-        candidates["fa3"] = [flash_attention_3(case, each) for each in problems]
-        candidates["fa3"][0]()
+        peers = [flash_attention_3(case, each) for each in problems]
+        peers[0]()
+        found["fa3"] = peers
     except ImportError as error:
         print(f"no FlashAttention-3: {error}", flush=True)
-        del candidates["fa3"]
+    return found
+
+
+def list_time_us(problem: Problem) -> float:
+    """What a step's first layer takes the host more than the others: median of five."""
+    times = []
+    for _ in range(5):
+        problem.inputs.memo.clear()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        ours(problem, kernel)
+        first = time.perf_counter()
+        ours(problem, kernel)
+        times.append(1e6 * (2 * first - began - time.perf_counter()))
+    return statistics.median(times)
+
+
+def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """A row a candidate."""
+    problems = [make(case, seed) for seed in range(6 if case.graph else 1)]
+    candidates = candidates_of(case, problems)
     rows, clocks = [], {}
-    # longer than the host takes to launch, so that a launch is not part of the time
+    # takes longer than the host takes to launch, so that a launch is not part of the time
     flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     for name, runs in candidates.items():
         error = relative_error(case, problems[0], runs[0](), rows=3 if case.keys > 200 * K else 8)
-        row = {
-            "case": case.name,
-            "queries": case.queries,
-            "keys": case.keys,
-            "batch": case.batch,
-            "heads": f"{case.heads}/{case.kv_heads}",
-            "page": case.page_tokens if name != "fa3" else "dense",
-            "graph": case.graph,
-            "candidate": name,
-            "error": f"{error:.1e}",
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "case": case.name,
+                "queries": case.queries,
+                "keys": case.keys,
+                "batch": case.batch,
+                "heads": f"{case.heads}/{case.kv_heads}",
+                "page": case.page_tokens if name != "fa3" else "dense",
+                "graph": case.graph,
+                "candidate": name,
+                "error": f"{error:.1e}",
+            }
+        )
         if error <= TOLERANCE:  # NaN is no pass
             clocks[name] = replayed(runs) if case.graph else cleared(runs[0], flush)
     for each in clocks.values():
         each()
-    found: dict[str, list[float]] = {name: [] for name in clocks}
-    order = list(clocks)
+    times: dict[str, list[float]] = {name: [] for name in clocks}
     for number in range(rounds):
-        for name in order if number % 2 == 0 else reversed(order):
-            found[name].append(clocks[name]())
+        for name in clocks if number % 2 == 0 else reversed(clocks):
+            times[name].append(clocks[name]())
     for row in rows:
-        times = found.get(row["candidate"])
-        if not times:
-            row["us"] = "wrong"
-            continue
-        us = statistics.median(times)
-        low, high = (sorted(times)[int(q * (len(times) - 1))] for q in (0.2, 0.8))
-        floor_us = 1e6 * case.floor_s(flops=TFLOPS, bytes_s=BYTES_S)
-        row.update(
-            us=round(us, 1), p20=round(low, 1), p80=round(high, 1), rounds=len(times),
-            tflops=round(case.flops / us / 1e6), tb_s=round(case.kv_bytes / us / 1e6, 2),
-            floor_us=round(floor_us, 1), of_floor=round(floor_us / us, 3),
-        )  # fmt: skip
-        if "fa3" in found and found["fa3"]:
-            ratios = [peer / own for peer, own in zip(found["fa3"], times, strict=True)]
-            row["of_fa3"] = round(statistics.median(ratios), 3)
-        if row["candidate"] == "ours":
-            row["list_us"] = round(list_us)
+        row.update(figures(case, times.get(row["candidate"], []), times.get("fa3", [])))
+    rows[0]["list_us"] = round(list_time_us(problems[0]))
     return rows
+
+
+def figures(case: Case, times: list[float], peer: list[float]) -> dict[str, Any]:
+    """Median, spread and ratios; the peer's times are of the same rounds."""
+    if not times:
+        return {"us": "wrong"}
+    us = statistics.median(times)
+    low, high = (sorted(times)[int(share * (len(times) - 1))] for share in (0.2, 0.8))
+    floor_us = 1e6 * case.floor_s(flops=TFLOPS, bytes_s=BYTES_S)
+    found = {
+        "us": round(us, 1),
+        "p20": round(low, 1),
+        "p80": round(high, 1),
+        "rounds": len(times),
+        "tflops": round(case.flops / us / 1e6),
+        "tb_s": round(case.kv_bytes / us / 1e6, 2),
+        "floor_us": round(floor_us, 1),
+        "of_floor": round(floor_us / us, 3),
+    }
+    if peer:
+        ratios = [theirs / own for theirs, own in zip(peer, times, strict=True)]
+        found["of_fa3"] = round(statistics.median(ratios), 3)
+    return found
 
 
 def rounds_for(case: Case, *, fast: bool) -> int:
     """Enough for a median, and less than a second or two a candidate."""
     expected_s = case.floor_s(flops=500e12, bytes_s=3e12)
     most = 15 if fast else 41
-    return max(3, min(most, math.ceil((0.5 if fast else 1.2) / max(expected_s, 1e-4))))
+    return max(5, min(most, math.ceil((0.5 if fast else 2.0) / max(expected_s, 1e-4))))
 
 
 def environment() -> list[str]:
@@ -168,7 +195,7 @@ def environment() -> list[str]:
         capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
     return [
-        f"date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        f"date: {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC",
         f"command: python {' '.join(sys.argv)}",
         f"card, power limit, driver, max SM clock: {card}",
         f"torch {torch.__version__}, triton {triton.__version__}, Python {sys.version.split()[0]}",
@@ -192,7 +219,9 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="fewer rounds")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    began, rows, skipped = time.monotonic(), [], []
+    began = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    skipped: list[Case] = []
     fields = ["case", "queries", "keys", "batch", "heads", "page", "graph", "candidate", "us",
               "p20", "p80", "rounds", "tflops", "tb_s", "floor_us", "of_floor", "of_fa3", "error",
               "list_us"]  # fmt: skip

@@ -49,7 +49,7 @@ class Compilation:
     streams: bool = False
     """Bound by memory: has to load 16 bytes a thread."""
     buffers: int = 0
-    """Least tiles of an operand in flight: a pipeline that lost a stage is slow and says nothing."""
+    """Least tiles of an operand in flight: a pipeline that lost a stage is slow in silence."""
     specialised_warps: int = 0
     """Warps besides num_warps that have a part of their own, by `gl.warp_specialize`."""
     overlaps: bool = False

@@ -1,7 +1,7 @@
-"""The driver's end of the control plane: all workers of a run behind one socket.
+"""The driver's end of the control plane: all workers of one replica behind one socket.
 
-Only the thread of the engine touches it. Every wait looks after the workers, so that a failure is
-an error of whoever waits, and then nobody waits for long: all of them are ended.
+Only the thread of the replica's engine touches it. Every wait looks after the workers, so that a
+failure is an error of whoever waits, and then nobody waits for long: all of them are ended.
 """
 
 import time
@@ -25,9 +25,9 @@ GRACE_S = 0.5
 
 
 class Workers:
-    """All ranks of one run, joined and ready."""
+    """All ranks of one replica, joined and ready."""
 
-    def __init__(self, plan: Plan, *, bind: str, host: str) -> None:
+    def __init__(self, plan: Plan, *, bind: str, host: str, replica: int = 0) -> None:
         """Listens on a free port of the interface `bind`, which workers reach as `host`."""
         self._plan = plan
         self._context = zmq.Context()
@@ -36,9 +36,10 @@ class Workers:
         self._socket.setsockopt(zmq.LINGER, 1000)
         port = self._socket.bind_to_random_port(f"tcp://{bind}")
         self.address = f"tcp://{host}:{port}"
-        self._ranks = range(plan.parallelism.ranks)
+        self._ranks = range(plan.parallelism.ranks_per_replica)
+        self._replica = replica
         self._processes: dict[int, Process] = {}
-        self._watch = Watch(plan, {}, time.monotonic())
+        self._watch = Watch(plan, {}, time.monotonic(), replica=replica)
         self._runs = 0
         self.failed = False
         """Whether a rank has failed."""
@@ -53,13 +54,13 @@ class Workers:
     def join(self, processes: Mapping[int, Process], *, seed: int | None) -> None:
         """Compares all ranks with the plan, lets them load, and waits until they are ready.
 
-        processes  those that this process started, by rank
+        processes  those that this process started, by rank in the replica
         seed       of random weights, None where they come from a folder
         errors     BundleMismatch where ranks differ, before anything is loaded; MedhaError where
                    one does not come or fails
         """
         self._processes = dict(processes)
-        self._watch = Watch(self._plan, processes, time.monotonic())
+        self._watch = Watch(self._plan, processes, time.monotonic(), replica=self._replica)
         hellos: dict[int, wire.Hello] = {}
         until_s = time.monotonic() + JOIN_S
         while len(hellos) < len(self._ranks):
@@ -73,15 +74,13 @@ class Workers:
                 raise MedhaError(f"ranks {missing} did not join within {JOIN_S:g} s")
         self._compare(hellos, seed)
         self._broadcast(wire.Welcome())
-        missing = set(self._ranks)
-        while missing:
-            for message in self.poll(LOOK_S):
-                if isinstance(message, wire.Ready):
-                    missing.discard(message.rank)
+        ready: set[int] = set()
+        while len(ready) < len(self._ranks):
+            ready |= {each.rank for each in self.poll(LOOK_S) if isinstance(each, wire.Ready)}
 
     def _compare(self, hellos: Mapping[int, wire.Hello], seed: int | None) -> None:
         wanted = {
-            "ranks": len(self._ranks),
+            "ranks": self._plan.parallelism.ranks,
             "plan_hash": content_hash(self._plan),
             "torch": str(torch.__version__),
             "seed": seed,
@@ -113,11 +112,10 @@ class Workers:
         """Lets all ranks forget all requests; nothing may be in flight. The number of the run."""
         self._runs += 1
         self._broadcast(wire.Start(self._runs))
-        missing = set(self._ranks)
-        while missing:
-            for message in self.poll(LOOK_S):
-                if isinstance(message, wire.Started) and message.run == self._runs:
-                    missing.discard(message.rank)
+        started: set[int] = set()
+        while len(started) < len(self._ranks):
+            words = [each for each in self.poll(LOOK_S) if isinstance(each, wire.Started)]
+            started |= {each.rank for each in words if each.run == self._runs}
         return self._runs
 
     def stop(self) -> None:
@@ -173,7 +171,10 @@ class Workers:
         while time.monotonic() < until_s:
             self._receive(0.05, found)
         failures = [each for each in found if isinstance(each, wire.Failure)]
-        own = "; ".join(f"rank {each.rank}, step {each.step_id}: {each.text}" for each in failures)
+        first = self._replica * len(self._ranks)
+        own = "; ".join(
+            f"rank {first + each.rank}, step {each.step_id}: {each.text}" for each in failures
+        )
         gone = self._watch.gone()
         if gone is not None and "signal" in gone:
             raise MedhaError(f"{gone}; the run cannot go on")

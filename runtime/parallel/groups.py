@@ -1,6 +1,7 @@
 """Who talks to whom: one communicator for each axis of the mesh that a rank shares.
 
-NCCL on GPUs, gloo on CPUs. Ranks and axes as in plans/mesh.py.
+NCCL on GPUs, gloo on CPUs. Ranks and axes as in plans/mesh.py; each replica is a world of its own,
+whose ranks count from 0.
 """
 
 import time
@@ -31,13 +32,13 @@ class Groups:
 
 
 def join_groups(mesh: Parallelism, rank: int, store: Store, device: torch.device) -> Groups:
-    """Meets all other ranks through the store and makes the communicators, alike everywhere."""
+    """Meets the other ranks of the replica through the store and makes all communicators."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
         store=store,
         rank=rank,
-        world_size=mesh.ranks,
+        world_size=mesh.ranks_per_replica,
         device_id=device if device.type == "cuda" else None,
     )
     found: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -63,9 +64,9 @@ def join_groups(mesh: Parallelism, rank: int, store: Store, device: torch.device
 
 
 def _all_groups(mesh: Parallelism) -> list[tuple[int, ...]]:
-    """Ranks of every group of the mesh, each once."""
+    """Ranks of every group of one replica, each once."""
     found: dict[tuple[int, ...], None] = {}
-    for rank in range(mesh.ranks):
+    for rank in range(mesh.ranks_per_replica):
         for axis in ("tp", "kvp"):
             ranks = axis_ranks(mesh, rank, axis)
             if len(ranks) > 1:

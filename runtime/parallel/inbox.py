@@ -5,12 +5,13 @@ other beats. Steps are handed out in step_id order, whatever order they arrive i
 """
 
 import os
+import sys
 import threading
 
 import zmq
 
 from runtime.parallel import wire
-from runtime.parallel.progress import Progress
+from runtime.parallel.progress import COMPILES, COMPUTES, Progress
 
 BEAT_S = 0.5
 LINGER_MS = 1000
@@ -76,7 +77,7 @@ def _beat(
     socket = _socket(context, address, f"beat-{rank}")
     wait = threading.Event().wait
     while True:
-        beat = wire.Beat(rank, progress.step_id, progress.moves, progress.phase)
+        beat = wire.Beat(rank, progress.step_id, progress.moves, _phase(progress))
         try:
             socket.send(wire.encode(beat), zmq.NOBLOCK)
         except zmq.Again:  # nobody reads: the next one will say the same
@@ -86,6 +87,21 @@ def _beat(
         if os.getppid() != parent:
             os._exit(1)
         wait(BEAT_S)
+
+
+def _phase(progress: Progress) -> str:
+    """The phase, told apart from the compiling of a kernel that its step may be the first to need.
+
+    Found on the stack of the thread that works: a compiler's hooks would be bound to its version.
+    """
+    if progress.phase != COMPUTES:
+        return progress.phase
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001 - documented
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("triton.compiler"):
+            return COMPILES
+        frame = frame.f_back
+    return COMPUTES
 
 
 def _socket(

@@ -1,25 +1,26 @@
 """Starts the ranks of a plan: all of them on this machine, or as torchrun has started them.
 
-One process, the driver, holds the engine and is no rank. Started directly, it starts every rank as
-its child. Under torchrun the process of rank 0 becomes the driver and starts rank 0 as its child;
-the others are ranks themselves. All meet at a store of torch.distributed.
+One process, the driver, holds the engines, one a replica, and is no rank. Started directly, it
+starts every rank as its child. Under torchrun the process of rank 0 becomes the driver and starts
+rank 0 as its child; the others are ranks themselves. All meet at a store of torch.distributed.
 """
 
 import multiprocessing
 import os
 import secrets
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 
-import msgspec
 import torch
 from msgspec import Struct
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from plans.errors import BundleMismatch
+from plans.errors import BundleMismatch, MedhaError
 from plans.plan import Plan
 from runtime.parallel.control import Workers
 from runtime.parallel.worker import CONTROL_KEY, RANDOM, Setup, worker_main
@@ -74,12 +75,10 @@ def check_launch(plan: Plan, place: Torchrun | None) -> None:
         f"torchrun --nnodes {len(nodes)} --nproc-per-node {mesh.ranks // len(nodes)} "
         "--rdzv-backend c10d --rdzv-endpoint HOST:PORT -m runtime.cli_run BUNDLE ..."
     )
-    what = f"the plan has {mesh.ranks} ranks (tp {mesh.tp}, spp {mesh.spp}, kvp {mesh.kvp})"
-    if mesh.replicas > 1:
-        raise BundleMismatch(
-            f"the plan has {mesh.replicas} replicas; one launch runs one engine, so plan for "
-            f"{mesh.ranks_per_replica} devices and start {mesh.replicas} of them"
-        )
+    what = (
+        f"the plan has {mesh.ranks} ranks (tp {mesh.tp}, spp {mesh.spp}, kvp {mesh.kvp}, "
+        f"replicas {mesh.replicas})"
+    )
     if place is None:
         if len(nodes) > 1:
             raise BundleMismatch(f"{what} on {len(nodes)} nodes; start on every node:\n  {command}")
@@ -109,40 +108,51 @@ def check_launch(plan: Plan, place: Torchrun | None) -> None:
 @contextmanager
 def running_workers(
     bundle: str, plan: Plan, weights: str, seed: int, place: Torchrun | None
-) -> Iterator[Workers]:
-    """All ranks of a plan, loaded and ready; ended, and killed if need be, when the block ends.
+) -> Iterator[list[Workers]]:
+    """All ranks of a plan, loaded and ready, by replica; ended, or killed, when the block ends.
 
     Call in the driver: check_launch has passed, and under torchrun the rank is 0.
     """
+    mesh = plan.parallelism
+    store, port = _store(place)
+    attempt = secrets.token_hex(8) if place is None else _attempt(place)
     # what starts on one machine stays on it; torchrun's own address is one that all nodes reach
     alone = place is None or place.local_ranks == place.ranks
     host = LOCAL if place is None else place.host
-    store, port = _store(place)
-    prefix = secrets.token_hex(8) if place is None else _attempt(place)
-    own = range(plan.parallelism.ranks) if place is None else (0,)
-    shared = plan.parallelism.ranks if place is None else place.local_ranks
-    workers = Workers(plan, bind=LOCAL if alone else "*", host=LOCAL if alone else host)
-    setup = Setup(
-        bundle=bundle,
-        weights=weights,
-        seed=seed,
-        rank=0,
-        ranks=plan.parallelism.ranks,
-        store_host=host,
-        store_port=port,
-        store_prefix=prefix,
-        threads=threads_for(shared),
-    )
-    processes: dict[int, BaseProcess] = {}
-    try:
-        PrefixStore(prefix, store).set(CONTROL_KEY, workers.address)
-        for rank in own:
-            processes[rank] = start_worker(msgspec.structs.replace(setup, rank=rank))
-        workers.join(processes, seed=seed if weights == RANDOM else None)
-        yield workers
-    finally:
-        workers.stop()
-        _end(processes, FAILED_S if workers.failed else ENDING_S)
+    replicas = [
+        Workers(plan, bind=LOCAL if alone else "*", host=LOCAL if alone else host, replica=replica)
+        for replica in range(mesh.replicas)
+    ]
+    processes: list[dict[int, BaseProcess]] = [{} for _ in replicas]
+    with _told_to_end():
+        try:
+            for replica, workers in enumerate(replicas):
+                prefix = _prefix(attempt, replica)
+                PrefixStore(prefix, store).set(CONTROL_KEY, workers.address)
+            for number in range(mesh.ranks) if place is None else (0,):
+                replica, rank = divmod(number, mesh.ranks_per_replica)
+                setup = Setup(
+                    bundle=bundle,
+                    weights=weights,
+                    seed=seed,
+                    replica=replica,
+                    rank=rank,
+                    ranks=mesh.ranks,
+                    store_host=host,
+                    store_port=port,
+                    store_prefix=_prefix(attempt, replica),
+                    threads=threads_for(mesh.ranks if place is None else place.local_ranks),
+                )
+                processes[replica][rank] = start_worker(setup)
+            for workers, own in zip(replicas, processes, strict=True):
+                workers.join(own, seed=seed if weights == RANDOM else None)
+            yield replicas
+        finally:
+            for workers in replicas:
+                workers.stop()
+            failed = any(workers.failed for workers in replicas)
+            started = [process for own in processes for process in own.values()]
+            _end(started, FAILED_S if failed else ENDING_S)
 
 
 def start_worker(setup: Setup) -> BaseProcess:
@@ -155,17 +165,19 @@ def start_worker(setup: Setup) -> BaseProcess:
     return process
 
 
-def torchrun_setup(bundle: str, weights: str, seed: int, place: Torchrun) -> Setup:
+def torchrun_setup(bundle: str, plan: Plan, weights: str, seed: int, place: Torchrun) -> Setup:
     """What this process, a rank other than 0 under torchrun, runs with."""
+    replica, rank = divmod(place.rank, plan.parallelism.ranks_per_replica)
     return Setup(
         bundle=bundle,
         weights=weights,
         seed=seed,
-        rank=place.rank,
+        replica=replica,
+        rank=rank,
         ranks=place.ranks,
         store_host=place.host,
         store_port=place.port,
-        store_prefix=_attempt(place),
+        store_prefix=_prefix(_attempt(place), replica),
         threads=threads_for(place.local_ranks),
     )
 
@@ -176,6 +188,10 @@ def threads_for(ranks: int) -> int:
     if wanted.isdecimal():
         return max(int(wanted), 1)
     return max(len(os.sched_getaffinity(0)) // ranks, 1)
+
+
+def _prefix(attempt: str, replica: int) -> str:
+    return f"{attempt}/{replica}"
 
 
 def _attempt(place: Torchrun) -> str:
@@ -197,10 +213,31 @@ def _store(place: Torchrun | None) -> tuple[TCPStore, int]:
     return store, place.port
 
 
-def _end(processes: Mapping[int, BaseProcess], patience_s: float) -> None:
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Makes SIGTERM an error of the engine's thread, so that requests end with a reason.
+
+    A launcher sends it when another of its ranks has ended. The second one kills.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise MedhaError("told to end (SIGTERM): by a user, or by torchrun after a rank has ended")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(processes: Sequence[BaseProcess], patience_s: float) -> None:
     """Lets no started process outlive this one's use for it."""
     until_s = time.monotonic() + patience_s
-    for process in processes.values():
+    for process in processes:
         process.join(max(until_s - time.monotonic(), 0.0))
         if process.exitcode is None:
             process.kill()

@@ -1,5 +1,6 @@
 """Where a worker is: written by the thread that works, read by the thread that beats."""
 
+COMPILES = "compiles a kernel"
 COMPUTES = "computes"
 IDLE = "waits for a step"
 LOADS = "loads"

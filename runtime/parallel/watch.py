@@ -3,7 +3,8 @@
     gone     its process has ended (only of processes that this one started)
     silent   no beat for SILENT_S: stopped, swapped out, or its machine is unreachable
     stuck    steps are in flight and it has computed for stall_s without getting on; if every rank
-             waits for others, none gets on, and all of them are named
+             waits for others, none gets on, and all of them are named. A step may be the first to
+             need a kernel, so its compiler gets more time
 
 Pure but for the processes: the caller brings the messages and the time.
 """
@@ -14,13 +15,15 @@ from typing import Protocol
 
 from plans.plan import Plan
 from runtime.parallel import wire
-from runtime.parallel.progress import COMPUTES
+from runtime.parallel.progress import COMPILES, COMPUTES
 
 SILENT_S = 3.0
 STALL_S = 4.0
 STALL_STEPS = 20
 """A rank may compute for as long as this many steps of the plan's budget before it counts as stuck:
 a slow machine is no failure."""
+COMPILE_S = 120.0
+"""How long a step may wait for a kernel that a rank compiles."""
 FRESH_S = 1.0
 """Without a look at the messages for this long, silence means nothing: they are in the queue."""
 
@@ -47,10 +50,15 @@ class _Rank:
 class Watch:
     """State of each rank as its beats tell it."""
 
-    def __init__(self, plan: Plan, processes: Mapping[int, Process], now_s: float) -> None:
-        """All ranks are well at now_s."""
+    def __init__(
+        self, plan: Plan, processes: Mapping[int, Process], now_s: float, *, replica: int = 0
+    ) -> None:
+        """All ranks of the replica are well at now_s; they count from 0 in every replica."""
+        self._first = replica * plan.parallelism.ranks_per_replica
         self._processes = dict(processes)
-        self._ranks = {rank: _Rank(now_s, now_s) for rank in range(plan.parallelism.ranks)}
+        self._ranks = {
+            rank: _Rank(now_s, now_s) for rank in range(plan.parallelism.ranks_per_replica)
+        }
         self._stall_s = max(STALL_S, STALL_STEPS * plan.scheduler.idle_budget_s)
         self._looked_s = now_s
         self._heard: set[int] = set()
@@ -112,8 +120,13 @@ class Watch:
             rank: now_s - max(each.moved_s, busy_s) > self._stall_s
             for rank, each in self._ranks.items()
         }
+        compiling = [each for each in self._ranks.values() if each.phase == COMPILES]
+        if any(now_s - max(each.moved_s, busy_s) < COMPILE_S for each in compiling):
+            return None
         stuck = [
-            rank for rank, each in self._ranks.items() if still[rank] and each.phase == COMPUTES
+            rank
+            for rank, each in self._ranks.items()
+            if still[rank] and each.phase in {COMPUTES, COMPILES}
         ]
         if stuck:
             return f"{self._names(stuck)} got no further for {self._stall_s:g} s: {self._at(stuck)}"
@@ -123,7 +136,7 @@ class Watch:
         return None
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank}{self._ranks[rank].where}"
+        return f"rank {self._first + rank}{self._ranks[rank].where}"
 
     def _names(self, ranks: Iterable[int]) -> str:
         return ", ".join(self._name(rank) for rank in ranks)
@@ -131,5 +144,6 @@ class Watch:
     def _at(self, ranks: Iterable[int]) -> str:
         states = ((rank, self._ranks[rank]) for rank in ranks)
         return "; ".join(
-            f"rank {rank} {each.phase}, at step {each.step_id}" for rank, each in states
+            f"rank {self._first + rank} {each.phase}, at step {each.step_id}"
+            for rank, each in states
         )

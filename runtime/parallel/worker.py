@@ -49,8 +49,11 @@ class Setup(Struct, frozen=True, kw_only=True):
     weights: str
     """Folder of a checkpoint, or `random`."""
     seed: int
+    replica: int
     rank: int
+    """In its replica."""
     ranks: int
+    """Of all replicas."""
     store_host: str
     store_port: int
     store_prefix: str
@@ -158,12 +161,13 @@ class Worker:
 
     def _load(self, bundle: Bundle, opened: wire.Open) -> "_Stage":
         plan, rank = bundle.plan, self._setup.rank
-        device = rank_device(plan, rank)
+        place, tp = coordinates(plan.parallelism, rank), plan.parallelism.tp
+        first = self._setup.replica * plan.parallelism.ranks_per_replica
+        device = rank_device(plan, first + rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self._groups is None:
             self._groups = join_groups(plan.parallelism, rank, self._store, device)
-        place, tp = coordinates(plan.parallelism, rank), plan.parallelism.tp
         program = bundle.load_stage(place.stage)
         if opened.weights == RANDOM:
             weights = random_weights(
@@ -190,7 +194,7 @@ class Worker:
 
 
 def rank_device(plan: Plan, rank: int) -> torch.device:
-    """The device of a rank in this node; raises BundleMismatch where the node has no such one."""
+    """The device in its node of a rank, counted over all replicas; BundleMismatch for none."""
     if plan.topology.device.startswith("cpu"):
         return torch.device("cpu")
     index = plan.placement.rank_map[rank][1]

@@ -9,7 +9,7 @@ import pytest
 from builders import make_plan, sixteen_gpu_plan, tiny_model
 
 from codegen.emit import EmittedProgram, default_target, emit_program
-from codegen.kernels import load_spec
+from codegen.kernels import KERNELS, load_spec
 from plans.mesh import Parallelism
 from plans.ops import Parameter
 from plans.plan import Plan

@@ -14,7 +14,7 @@ from planner.folder import check_target, write_folder
 from planner.search import search
 from planner.world import make_world
 from plans.check import check_plan
-from plans.errors import Infeasible, UsageError
+from plans.errors import Infeasible, MedhaError, UsageError
 from plans.plan import MadeBy
 
 FILES = {"plan.yaml": b"schema: 1\n", "program/stage_0.py": b"x = 1\n"}
@@ -93,9 +93,24 @@ def test_an_interrupted_write_leaves_the_old_bundle_and_nothing_else(tmp_path, m
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", fail_at_the_second)
-    with pytest.raises(error):
+    with pytest.raises(MedhaError if error is OSError else error):
         write_folder(folder, {**FILES, "plan.yaml": b"other"}, overwrite=True)
     assert tree(tmp_path) == {f"bundle/{name}": content for name, content in FILES.items()}
+
+
+def test_of_two_runs_into_one_folder_the_slower_one_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    write = Path.write_bytes
+
+    def while_another_run_finishes(path, content):
+        folder.mkdir(exist_ok=True)
+        write(folder / "plan.yaml", b"theirs")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", while_another_run_finishes)
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        write_folder(folder, FILES, overwrite=False)
+    assert tree(tmp_path) == {"bundle/plan.yaml": b"theirs"}
 
 
 def test_an_interrupted_swap_puts_the_old_bundle_back(tmp_path, monkeypatch):

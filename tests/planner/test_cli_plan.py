@@ -124,10 +124,11 @@ def test_schema_is_printed_as_json(plan_it):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--gpus", "0"), "--gpus 0: at least 1"),
-        (("--gpus", "-3"), "--gpus -3: at least 1"),
+        (("--gpus", "0"), "--gpus 0: must be from 1 to 16384"),
+        (("--gpus", "-3"), "--gpus -3: must be from 1"),
+        (("--gpus", "1000000000"), "must be from 1 to 16384"),
         (("--model", "lama3-70b"), "llama3-70b"),
-        (("--hardware", "h10"), "h100"),
+        (("--hardware", "h10"), "nearest: h100"),
         (("--workload", "chatt"), "chat"),
         (("--effort", "full"), "only quick"),
         (("--max-context", "lots"), "--max-context lots"),
@@ -277,10 +278,27 @@ def test_degrees_that_do_not_add_up_exit_with_2_and_the_product(plan_it, plan_fi
 
 
 @pytest.mark.parametrize(
-    "flags", [("--model", "llama3-8b"), ("--prompt-tokens", "2m"), ("--prompt-tokens", "x")]
+    "flags",
+    [
+        ("--model", "llama3-8b"),
+        ("--hardware", "h100"),  # the default, and still without an effect here
+        ("--overwrite",),
+        ("--prompt-tokens", "2m"),
+        ("--prompt-tokens", "x"),
+    ],
 )
 def test_flags_that_do_not_go_with_a_plan_exit_with_2(plan_it, plan_file, flags):
-    assert plan_it(plan_file, *flags)[0] == 2
+    status, out, err = plan_it(plan_file, *flags)
+    assert (status, out) == (2, "")
+    assert err.startswith(flags[0])
+
+
+def test_an_unknown_policy_in_a_plan_exits_with_2_and_the_nearest(plan_it, plan_file):
+    edit(plan_file, "policy: lars", "policy: larz")
+    status, out, err = plan_it(plan_file)
+    assert (status, out) == (2, "")
+    assert "plan.yaml: scheduler.policy: " in err
+    assert "nearest: lars" in err
 
 
 # --- values -------------------------------------------------------------------------------------

@@ -153,6 +153,16 @@ def test_a_broken_rule_is_named_with_its_place(tmp_path, case):
     assert caught.value.exit_status == 2
 
 
+@pytest.mark.parametrize("column", ["arrival_s", "ttft_target_s", "input_tokens"])
+@pytest.mark.parametrize("value", ["[]", "{}", "[" * 100_000])
+def test_json_that_is_no_number_is_an_error_of_its_line(tmp_path, column, value):
+    others = {"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}
+    others.pop(column, None)
+    text = f'{{"{column}": {value}, {json.dumps(others)[1:]}'
+    with pytest.raises(InvalidFile, match="line 1: "):
+        read_trace(written(tmp_path, "trace.jsonl", text))
+
+
 def test_a_missing_file_and_broken_compression_are_errors_of_the_file(tmp_path):
     with pytest.raises(InvalidFile, match="no such file"):
         read_trace(tmp_path / "none.csv")
@@ -229,6 +239,7 @@ def test_a_burst_arrives_at_once(tmp_path):
         Load(duration_s=0.0),
         Load(duration_s=math.nan),
         Load(seed=-1),
+        Load(qps=1e6, duration_s=11.0),
     ],
 )
 def test_flags_outside_their_range_are_wrong_usage(tmp_path, load):

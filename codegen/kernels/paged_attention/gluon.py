@@ -49,6 +49,8 @@ UNSPECIALISED: tuple[str, ...] = (
     "heads_together",
 )
 
+FLOOR: gl.constexpr = gl.constexpr(-1.0e20)
+"""Least maximum of a row, as in triton.py."""
 PIN: gl.constexpr = gl.constexpr(
     "{ .reg .pred %never; .reg .b32 %at; mov.b32 %at, 0; setp.lt.f32 %never, $1, 0fFF7FFFFF;"
     " @%never st.volatile.shared.b32 [%at], %at; mov.b32 $0, 0; }"
@@ -143,7 +145,7 @@ def _produce(
 
 
 @gluon.jit
-def _consume(
+def _consume(  # noqa: PLR0915 - one loop and what feeds it
     HALF: gl.constexpr,
     q_ptr,
     out_ptr,
@@ -210,7 +212,7 @@ def _consume(
     limit_M = gl.minimum(stoken_M + shift, keys - 1)
     at_S = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, LOGITS))
     zero_MS = gl.zeros([64, BLOCK_S], gl.float32, LOGITS)
-    top_M = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, LOGITS))
+    top_M = gl.full([64], FLOOR, gl.float32, gl.SliceLayout(1, LOGITS))
     sum_M = gl.zeros([64], gl.float32, gl.SliceLayout(1, LOGITS))
     acc_MH = gl.zeros([64, HEAD], gl.float32, OUT)
     whole = gl.minimum(gl.maximum(first_token, begin) + shift + 1, keys) // BLOCK_S
@@ -224,7 +226,7 @@ def _consume(
         mbarrier.arrive(k_empty.index(0), count=1)
         seen_MS = ((high - 1) * BLOCK_S + at_S)[None, :] <= limit_M[:, None]
         logits_MS = gl.where(seen_MS, logits_MS, -1.0e30)
-        top_M = gl.max(logits_MS, 1) * scale2
+        top_M = gl.maximum(top_M, gl.max(logits_MS, 1) * scale2)
         share32_MS = gl.exp2(logits_MS * scale2 - top_M[:, None])
         sum_M = gl.sum(share32_MS, 1)
         share_MS = gl.convert_layout(share32_MS.to(dtype), SHARES)
@@ -359,7 +361,7 @@ def attention_kernel(
 def takes(heads: Any) -> bool:
     """Whether the kernel is made for such heads and pages."""
     types = heads.dtype == heads.page_dtype and heads.dtype in {torch.bfloat16, torch.float16}
-    sizes = heads.head_dim in {64, 128} and heads.page_tokens in {64, 128}
+    sizes = heads.head_dim in {64, 128} and heads.page_tokens in {16, 32, 64, 128}
     return types and sizes and heads.group <= 64
 
 

@@ -38,18 +38,14 @@ def infer(
 def takes(
     q: Value, k_pages: Value, v_pages: Value, written: Value, inputs: Value, scale: float
 ) -> bool:
-    """Head sizes and pages that the kernels are checked for.
-
-    Pages of less than 64 tokens would make tiles of less than 64 keys. Those lose half the rate,
-    and with 16 keys, heads of 64 and a diagonal over several tiles Triton 3.6 gave NaN on Hopper.
-    """
+    """Head sizes and pages that the kernels are checked for; 16 bits, as tensor cores want them."""
     (_, page_tokens, kv_heads, head_dim), heads = k_pages.shape, q.shape[-2]
     assert isinstance(heads, int), "heads have a number"
     assert isinstance(kv_heads, int), "KV heads have a number"
     types = q.dtype in {"bf16", "fp16"} and k_pages.dtype in {q.dtype, "fp8"}
     return (
         types
-        and page_tokens in {64, 128, 256}
+        and page_tokens in {16, 32, 64, 128, 256}
         and head_dim in {64, 128}
         and heads // kv_heads <= 64
     )

@@ -42,6 +42,10 @@ L2_BYTES = 41943040
 """Heads run together while their K and V fit into so much of L2 (50 MB on Hopper)."""
 MERGE_SLOTS = 16
 """Partial results that the merge holds at once."""
+FLOOR: tl.constexpr = tl.constexpr(-1.0e20)
+"""Least maximum of a row, below any logit and far above a masked one, -1e30 x scale: a row that
+sees nothing of a tile then gets shares of 0. With its own maximum its shares would be exp2 of what
+rounding leaves of -1e30 - -1e30, which may be 1e22."""
 UNSPECIALISED: tuple[str, ...] = (
     "items",
     "table_stride",
@@ -144,7 +148,7 @@ def attention_kernel(
         q_ptr + place_M[:, None] * HEAD + at_H[None, :], mask=inside_M[:, None], other=0.0
     )
     limit_M = tl.minimum(token_M + shift, keys - 1)
-    top_M = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    top_M = tl.full([BLOCK_M], FLOOR, tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     acc_MH = tl.zeros([BLOCK_M, HEAD], tl.float32)
     table_ptr += sequence * table_stride
@@ -152,7 +156,7 @@ def attention_kernel(
     if MASK_ALL:
         top_M, sum_M, acc_MH = _tiles(
             q_MH, k_desc, v_desc, table_ptr, column, low, high, limit_M, scale2, top_M, sum_M,
-            acc_MH, BLOCK_S, PAGE, True, STAGES,
+            acc_MH, BLOCK_S, PAGE, MASK=True, STAGES=STAGES,
         )  # fmt: skip
     else:
         # tiles that every query sees whole, then those that a query's last key may lie in
@@ -160,11 +164,11 @@ def attention_kernel(
         whole = tl.maximum(tl.minimum(seen // BLOCK_S, high), low)
         top_M, sum_M, acc_MH = _tiles(
             q_MH, k_desc, v_desc, table_ptr, column, low, whole, limit_M, scale2, top_M, sum_M,
-            acc_MH, BLOCK_S, PAGE, False, STAGES,
+            acc_MH, BLOCK_S, PAGE, MASK=False, STAGES=STAGES,
         )  # fmt: skip
         top_M, sum_M, acc_MH = _tiles(
             q_MH, k_desc, v_desc, table_ptr, column, whole, high, limit_M, scale2, top_M, sum_M,
-            acc_MH, BLOCK_S, PAGE, True, 1,
+            acc_MH, BLOCK_S, PAGE, MASK=True, STAGES=1,
         )  # fmt: skip
     safe_M = tl.where(sum_M > 0, sum_M, 1.0)
     out_MH = acc_MH / safe_M[:, None]
@@ -485,7 +489,7 @@ def _hopper(device: torch.device, heads: Heads) -> Callable[..., None] | None:
     if not GLUON or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        from .gluon import attend, takes, try_out  # noqa: PLC0415 - only Hopper has its imports
+        from .gluon import attend, takes, try_out  # noqa: PLC0415 - Hopper's only
 
         if takes(heads):
             try_out(device, heads)

@@ -1,4 +1,4 @@
-"""Messages that come late and out of order, and ranks that stumble, change nothing and block nothing.
+"""Messages that come late and out of order, and ranks that stumble, change and block nothing.
 
 A relay stands between driver and workers and holds every message for a random time; the programs
 pause at random in every product of every layer, on each rank differently.
@@ -54,7 +54,9 @@ class Relay:
         port = self._front.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{port}"
         self._backs = {}
-        for name in [f"{kind}-{rank}".encode() for kind in ("rank", "beat") for rank in range(ranks)]:
+        for name in [
+            f"{kind}-{rank}".encode() for kind in ("rank", "beat") for rank in range(ranks)
+        ]:
             back = self._context.socket(zmq.DEALER)
             back.identity = name
             back.connect(driver)
@@ -105,8 +107,8 @@ def relays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Relay]]:
     made: list[Relay] = []
 
     class Relayed(Workers):
-        def __init__(self, plan: Plan, *, bind: str, host: str) -> None:
-            super().__init__(plan, bind=bind, host=host)
+        def __init__(self, plan: Plan, *, bind: str, host: str, replica: int = 0) -> None:
+            super().__init__(plan, bind=bind, host=host, replica=replica)
             made.append(Relay(self.address, plan.parallelism.ranks))
             self.address = made[-1].address
 
@@ -122,7 +124,7 @@ def test_late_and_reordered_messages_and_stumbling_ranks_change_no_token(
     plan = mesh_plan(Parallelism(spp=2, kvp=2), FAMILIES["qwen3"])
     bundle = mesh_bundle(tmp_path / "bundle", plan, {"linear.py": STUMBLES})
     plan = load_bundle(bundle).plan
-    with launch.running_workers(str(bundle), plan, "random", SEED, None) as workers:
+    with launch.running_workers(str(bundle), plan, "random", SEED, None) as [workers]:
         for seed in range(2):
             executor = ParallelExecutor(plan, workers, WallClock())
             scheduler = RandomScheduler(plan, executor, random.Random(seed))

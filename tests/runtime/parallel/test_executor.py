@@ -54,7 +54,13 @@ def chunk_step(step_id: int, *, samples: bool = False, prefix: int = 0, home: in
 
 
 def done(
-    plan: Plan, step_id: int, stage: int, group: int = 0, tokens: dict[int, int] | None = None, run=1
+    plan: Plan,
+    step_id: int,
+    stage: int,
+    *,
+    group: int = 0,
+    tokens: dict[int, int] | None = None,
+    run: int = 1,
 ) -> wire.StageDone:
     place = Coordinates(replica=0, stage=stage, group=group, tp=0)
     rank = rank_at(plan.parallelism, place)
@@ -158,8 +164,8 @@ def test_whatever_the_order_of_words_results_come_in_step_order_and_complete(see
                     plan,
                     submitted,
                     stage,
-                    group,
-                    {0: submitted} if stage == spp - 1 and group == owner else None,
+                    group=group,
+                    tokens={0: submitted} if stage == spp - 1 and group == owner else None,
                 )
                 for stage in range(spp)
                 for group in groups

@@ -28,7 +28,7 @@ def kvp_plan(kvp: int) -> Plan:
     return make_plan(parallelism=Parallelism(kvp=kvp), rows=((64, 32), (256, 16)))
 
 
-# --- the merge ------------------------------------------------------------------------------------
+# --- the merge ----------------------------------------------------------------------------------
 
 
 @given(
@@ -72,13 +72,15 @@ def test_packed_partials_come_back_bit_by_bit(dtype):
     assert torch.equal(found_lse, lse)
 
 
-# --- what a group runs ------------------------------------------------------------------------------
+# --- what a group runs --------------------------------------------------------------------------
 
 
 def row_of(plan: Plan, *, prefix: int, tokens: int, home: int, samples: bool = True) -> Row:
     """A row whose shards hold distinct pages."""
     state = State(
-        tokens=list(range(prefix + tokens)), prompt_tokens=prefix + tokens, sampling=SamplingParams()
+        tokens=list(range(prefix + tokens)),
+        prompt_tokens=prefix + tokens,
+        sampling=SamplingParams(),
     )
     size, shard = plan.kv.page_tokens, plan.kv.tokens_per_kvp_shard
     for at in range((prefix + tokens - 1) // shard + 1):

@@ -59,12 +59,6 @@ def test_ranks_that_the_plan_puts_on_other_nodes_are_refused():
         check_launch(ONE_NODE, place(0, 4, 2))
 
 
-def test_replicas_are_refused_with_what_to_start_instead():
-    plan = make_plan(parallelism=Parallelism(replicas=2))
-    with pytest.raises(BundleMismatch, match="plan for 1 devices and start 2 of them"):
-        check_launch(plan, None)
-
-
 def test_a_gpu_plan_is_refused_where_its_devices_are_not():
     topology = tiny_topology(device="h100-sxm-80gb", devices_per_node=512)
     plan = make_plan(parallelism=Parallelism(spp=4, kvp=128), topology=topology, page_tokens=16)

@@ -9,7 +9,7 @@ from plans.mesh import Parallelism
 from runtime.parallel import wire
 from runtime.parallel.control import GRACE_S, LOOK_S
 from runtime.parallel.inbox import BEAT_S
-from runtime.parallel.progress import COMPUTES, IDLE, WAITS
+from runtime.parallel.progress import COMPILES, COMPUTES, IDLE, WAITS
 from runtime.parallel.watch import SILENT_S, STALL_S, Watch
 
 PLAN = make_plan(parallelism=Parallelism(spp=3))
@@ -28,7 +28,12 @@ def beats(watch: Watch, now_s: float, phases: dict[int, str], moves: int = 0) ->
 
 
 def run(
-    watch: Watch, seconds: float, phases: dict[int, str], *, moving: bool = False, start_s: float = 0
+    watch: Watch,
+    seconds: float,
+    phases: dict[int, str],
+    *,
+    moving: bool = False,
+    start_s: float = 0,
 ) -> str | None:
     """Beats twice a second and looks as often; the first problem."""
     for tick in range(int(seconds / BEAT_S)):
@@ -78,6 +83,15 @@ def test_ranks_that_all_wait_for_each_other_are_named_together():
     problem = run(watch, 10.0, dict.fromkeys(range(3), f"{WAITS} for kvp groups 1"))
     assert problem is not None
     assert problem.startswith("no rank got further")
+
+
+def test_a_rank_may_compile_a_kernel_while_the_others_wait_for_it():
+    watch = Watch(PLAN, {}, 0.0)
+    phases = {0: COMPILES, 1: f"{WAITS} for stage 0", 2: IDLE}
+    assert run(watch, 60.0, phases) is None
+    problem = run(watch, 100.0, phases, start_s=60.0)
+    assert problem is not None
+    assert problem.startswith("rank 0 got no further")
 
 
 def test_work_that_moves_is_never_stuck():

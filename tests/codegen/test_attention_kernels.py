@@ -1,0 +1,376 @@
+"""Paged attention on Triton: work lists cover each pair once, and kernels equal the definition."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import make_plan, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies_codegen import DTYPES, loaded
+
+from codegen.emit import emit_program
+from codegen.kernels import load_reference, load_spec
+from codegen.kernels.kv_write import triton as writing
+from codegen.kernels.paged_attention import triton as kernel
+from codegen.kernels.paged_attention.work import (
+    ITEM_FIELDS,
+    Queries,
+    WorkList,
+    chunk_list,
+    packed_decodes,
+    recorded_decodes,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Rows = list[tuple[int, int, bool]]
+"""Sequences: queries, keys, whether the queries' own keys are among them."""
+
+
+def step(rows: Rows, *, page: int, seed: int, padding: int = 0) -> SimpleNamespace:
+    """Inputs with pages in random order; their number is `pages`."""
+    used = [-(-keys // page) for _, keys, _ in rows]
+    pool = torch.randperm(sum(used) + 1, generator=torch.Generator().manual_seed(seed)).tolist()
+    starts, tables = [0], []
+    for (queries, _, _), pages in zip(rows, used, strict=True):
+        starts.append(starts[-1] + queries)
+        tables.append([pool.pop() for _ in range(pages)])
+    width = max(1, *used)
+    slots = [0 if here else -1 for count, _, here in rows for _ in range(count)]
+    return SimpleNamespace(
+        pages=sum(used) + 1,
+        slots_T=torch.tensor(slots + [-1] * padding).to(DEVICE),
+        query_starts_B1=torch.tensor(starts).int().to(DEVICE),
+        kv_lens_B=torch.tensor([keys for _, keys, _ in rows]).int().to(DEVICE),
+        page_table_BP=torch.tensor([row + [0] * (width - len(row)) for row in tables])
+        .int()
+        .to(DEVICE),
+        host=None,
+        memo={},
+    )
+
+
+def exact(q_TNH, k_pages, v_pages, inputs, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition in double precision: a token at a time, all its keys laid out."""
+    out, lse = torch.zeros(q_TNH.shape).double(), torch.full(q_TNH.shape[:2], -torch.inf).double()
+    group = q_TNH.shape[1] // k_pages.shape[2]
+    starts = inputs.query_starts_B1.tolist()
+    for b, keys in enumerate(inputs.kv_lens_B.tolist()):
+        k_SNH, v_SNH = (
+            pages[inputs.page_table_BP[b].long()]
+            .flatten(0, 1)[:keys]
+            .cpu()
+            .double()
+            .repeat_interleave(group, 1)
+            for pages in (k_pages, v_pages)
+        )
+        for t in range(starts[b], starts[b + 1]) if keys else ():
+            seen = keys if inputs.slots_T[starts[b]] < 0 else keys - (starts[b + 1] - 1 - t)
+            logits_NS = torch.einsum("nh,snh->ns", q_TNH[t].cpu().double(), k_SNH[:seen]) * scale
+            lse[t] = logits_NS.logsumexp(-1)
+            out[t] = torch.einsum("ns,snh->nh", logits_NS.softmax(-1), v_SNH[:seen])
+    return out, lse
+
+
+def poison(patch: pytest.MonkeyPatch) -> None:
+    """Memory in which everything that a kernel forgets to write is NaN."""
+
+    def empty(*shape, **options):
+        return torch.full(shape if isinstance(shape[0], int) else shape[0], torch.nan, **options)
+
+    patch.setattr(torch, "empty", empty)
+    patch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+
+
+def check(
+    rows: Rows, *, kv_heads: int, group: int, head: int, page: int, dtype: str, padding: int = 0
+) -> None:
+    """The kernel against the definition, on random data with NaN for what is not written."""
+    inputs = step(rows, page=page, seed=len(rows), padding=padding)
+    tokens = len(inputs.slots_T)
+    random = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(DTYPES[dtype]).to(DEVICE)
+
+    q = normal(tokens, kv_heads * group, head)
+    k, v = (normal(inputs.pages, page, kv_heads, head) for _ in "kv")
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch)
+        out, lse = kernel.paged_attention(q, k, v, k, inputs, head**-0.5)
+    expected, expected_lse = exact(q, k, v, inputs, head**-0.5)
+    assert out.dtype == q.dtype
+    bound = load_spec("paged_attention").tolerance[dtype]
+    assert ((out.cpu().double() - expected).abs() <= bound).all()
+    # the logarithm of a sum that is accumulated in fp32 in any order: 2^-24 a term at most, and
+    # logits of up to 2^4 rounded in base 2 and back
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=0, atol=2**-14)
+
+
+MIXED: Rows = [(1, 130, True), (40, 300, True), (1, 1, True), (1, 0, False), (9, 70, False)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        (MIXED, {"kv_heads": 2, "group": 4, "head": 64, "page": 64}),
+        (MIXED, {"kv_heads": 1, "group": 8, "head": 128, "page": 128, "padding": 3}),
+        # a decode of many keys is cut in pieces; a chunk's diagonal crosses two tiles
+        ([(1, 1500, True), (17, 129, True)], {"kv_heads": 1, "group": 16, "head": 64, "page": 64}),
+        ([(130, 131, True)], {"kv_heads": 1, "group": 1, "head": 64, "page": 64}),
+        ([(12, 700, True), (64, 64, True)], {"kv_heads": 2, "group": 1, "head": 64, "page": 128}),
+        # pieces that hold nothing that some of their rows may see
+        ([(33, 80, True), (1, 40, True)], {"kv_heads": 1, "group": 2, "head": 64, "page": 16}),
+        # groups that do not divide a tile
+        ([(3, 200, True), (21, 90, True)], {"kv_heads": 1, "group": 7, "head": 64, "page": 64}),
+        ([(1, 65, True), (2, 2, True)], {"kv_heads": 1, "group": 3, "head": 64, "page": 64}),
+        ([(1, 0, False), (30, 0, False)], {"kv_heads": 1, "group": 4, "head": 64, "page": 64}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_kernels_equal_the_definition(rows, shape, dtype):
+    if torch.cuda.is_available() and dtype == "fp32":
+        pytest.skip("tiles of fp32 do not fit into shared memory")
+    check(rows, **shape, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gluon", [0, 1])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+def test_long_chunks_on_the_device(gluon, group, monkeypatch):
+    monkeypatch.setattr(kernel, "GLUON", gluon)
+    kernel._hopper.cache_clear()  # noqa: SLF001 - one process, both kernels
+    rows = [
+        (300, 5000, True),
+        (1, 9000, True),
+        (128, 128, True),
+        (200, 700, False),
+        (64, 995, True),
+    ]
+    check(rows, kv_heads=2, group=group, head=128, page=64, dtype="bf16")
+    check(rows, kv_heads=2, group=group, head=64, page=128, dtype="bf16")
+    kernel._hopper.cache_clear()  # noqa: SLF001
+
+
+def test_keys_at_a_million_positions_are_masked_where_they_stand():
+    """One item that begins far into a table of 8192 pages; all pages are the same few."""
+    keys, page, tile = 1_048_570, 128, 128
+    tiles = -(-keys // tile)
+    inputs = step([(20, 3 * page, True)], page=page, seed=0)
+    table = torch.zeros(1, tiles, dtype=torch.int32)
+    table[0, -2:] = torch.tensor([1, 2])
+    inputs.page_table_BP = table.to(DEVICE)
+    q, k, v = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half().to(DEVICE)
+        for seed, shape in enumerate([(20, 4, 64), (4, page, 1, 64), (4, page, 1, 64)])
+    )
+    heads = kernel.Heads(
+        kv_heads=1, group=4, head_dim=64, page_tokens=page, dtype=q.dtype, page_dtype=k.dtype
+    )
+    form = kernel.Form(rows=128, keys=tile, tile_tokens=32, stages=2, warps=8, resident=1)
+    item = [0, 0, 0, 20, keys - 20, keys, tiles - 2, tiles, -1]
+    assert len(item) == ITEM_FIELDS
+    work = WorkList(
+        items_IF=torch.tensor([item], dtype=torch.int32).to(DEVICE),
+        merges_MF=None,
+        slots=0,
+        one_masked_tile=True,
+    )
+    inputs.memo["paged_attention", heads] = [(form, work)]
+    out, lse = kernel.paged_attention(q, k, v, k, inputs, 0.125)
+    near = step([(20, keys - (tiles - 2) * tile, True)], page=page, seed=0)
+    near.page_table_BP = torch.tensor([[1, 2]])
+    expected, expected_lse = exact(q, k, v, near, 0.125)
+    assert ((out.cpu().double() - expected).abs() <= 2**-8).all()  # as the spec's, for fp16
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=0, atol=2**-14)
+
+
+def test_pages_in_fp8_are_read_as_their_values():
+    inputs = step([(1, 70, True)], page=64, seed=0)
+    q = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    k, v = (
+        torch.randn(inputs.pages, 64, 1, 64, generator=torch.Generator().manual_seed(seed))
+        .to(torch.float8_e4m3fn)
+        .to(DEVICE)
+        for seed in (1, 2)
+    )
+    out, _ = kernel.paged_attention(q, k, v, k, inputs, 0.125)
+    expected, _ = exact(q, k.half(), v.half(), inputs, 0.125)
+    assert ((out.cpu().double() - expected).abs() <= 2**-8).all()
+
+
+def test_a_step_builds_its_lists_once_and_asks_no_tensor(monkeypatch):
+    """With the host's lengths at hand, nothing but the page table is read, by the kernels."""
+    inputs = step([(1, 100, True), (20, 90, True)], page=64, seed=0)
+    starts, lens = inputs.query_starts_B1.tolist(), inputs.kv_lens_B.tolist()
+    inputs.host = SimpleNamespace(query_starts=starts, kv_lens=lens, causal=[True, True])
+    q = torch.randn(21, 4, 64, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    k = torch.randn(inputs.pages, 64, 1, 64).half().to(DEVICE)
+    expected, _ = exact(q, k, k, inputs, 0.125)
+    inputs.slots_T = inputs.query_starts_B1 = inputs.kv_lens_B = None
+    for _ in range(2):  # layers
+        out, _ = kernel.paged_attention(q, k, k, k, inputs, 0.125)
+        assert ((out.cpu().double() - expected).abs() <= 2**-8).all()
+        monkeypatch.setattr(kernel, "_launches", None)
+
+
+# --- work lists -----------------------------------------------------------------------------------
+
+
+def pairs(work: WorkList, tile_tokens: int) -> list[tuple[int, int, int]]:
+    """(sequence, token, tile of keys) of all items."""
+    return [
+        (b, token, tile)
+        for b, first, begin, end, _, _, low, high, _ in work.items_IF.tolist()
+        for token in range(max(first, begin), min(first + tile_tokens, end))
+        for tile in range(low, high)
+    ]
+
+
+@st.composite
+def chunks(draw: st.DrawFn) -> list[Queries]:
+    found, begin = [], 0
+    for b in range(draw(st.integers(1, 3))):
+        queries = draw(st.integers(1, 90))
+        causal = draw(st.booleans())
+        prefix = draw(st.sampled_from([0, 1, 31, 32, 500, 2000]))
+        keys = prefix + queries if causal else prefix
+        found.append(
+            Queries(sequence=b, begin=begin, end=begin + queries, keys=keys, causal=causal)
+        )
+        begin += queries
+    return found
+
+
+@settings(max_examples=60)
+@given(
+    found=chunks(),
+    tile_tokens=st.sampled_from([1, 16, 32]),
+    tile_keys=st.sampled_from([64, 128]),
+    kv_heads=st.sampled_from([1, 8]),
+    blocks=st.sampled_from([1, 16, 132]),
+)
+def test_chunk_lists_hold_every_visible_pair_once(found, tile_tokens, tile_keys, kv_heads, blocks):
+    work = chunk_list(
+        found, tile_tokens=tile_tokens, tile_keys=tile_keys, kv_heads=kv_heads, blocks=blocks
+    )
+    held = pairs(work, tile_tokens)
+    assert len(held) == len(set(held))
+    for each in found:
+        for token in range(each.begin, each.end):
+            seen = each.keys - (each.end - 1 - token) if each.causal else each.keys
+            tiles = {tile for b, t, tile in held if (b, t) == (each.sequence, token)}
+            assert set(range(-(-seen // tile_keys))) <= tiles
+    check_slots(work)
+    sizes = [row[7] - row[6] for row in work.items_IF.tolist()]
+    assert sizes == sorted(sizes, reverse=True)  # the longest first
+    if work.one_masked_tile:
+        for _, first, begin, end, shift, keys, _, _, _ in work.items_IF.tolist():
+            tokens = range(max(first, begin), min(first + tile_tokens, end))
+            borders = {min(token + shift, keys - 1) // tile_keys for token in tokens}
+            assert len(borders) == 1
+
+
+def check_slots(work: WorkList) -> None:
+    """Pieces of a tile have slots in a row, named by one merge; whole tiles have none."""
+    slots = sorted(row[8] for row in work.items_IF.tolist() if row[8] >= 0 and row[3] > row[2])
+    merges = [] if work.merges_MF is None else work.merges_MF.tolist()
+    named = [first + at for first, count, *_ in merges if count > 1 for at in range(count)]
+    assert slots == sorted(named)
+    assert all(slot < work.slots for slot in slots)
+
+
+@settings(max_examples=60)
+@given(
+    lens=st.lists(st.sampled_from([0, 1, 63, 64, 1000, 1_048_576]), min_size=1, max_size=6),
+    counts=st.data(),
+    blocks=st.sampled_from([1, 4, 16]),
+)
+def test_decode_lists_of_host_and_device_hold_the_same_work(lens, counts, blocks):
+    tokens = [counts.draw(st.integers(0, 1)) for _ in lens]
+    starts = [sum(tokens[:at]) for at in range(len(tokens) + 1)]
+    known = [
+        Queries(sequence=b, begin=starts[b], end=starts[b + 1], keys=keys, causal=True)
+        for b, keys in enumerate(lens)
+        if tokens[b]
+    ]
+    recorded = recorded_decodes(
+        torch.tensor(starts), torch.tensor(lens), tile_keys=64, blocks_a_head=blocks
+    )
+    check_slots(recorded)
+    items = [row for row in recorded.items_IF.tolist() if row[3] > row[2]]
+    # rows of no sequence are written too: with the result of no keys
+    assert {row[2] for row in items} == set(range(len(lens)))
+    assert all(row[5] == 0 for row in items if row[2] >= starts[-1])
+    ranges = sorted((row[0], row[6], row[7]) for row in items if row[7] > row[6])
+    for b, keys in enumerate(lens):
+        covered = [tile for at, low, high in ranges if at == b for tile in (low, high)]
+        if tokens[b] and keys:
+            assert covered[0] == 0
+            assert covered[-1] == -(-keys // 64)
+            assert covered[1:-1:2] == covered[2:-1:2]  # one begins where another ends
+        else:
+            assert covered == []
+    if known:
+        packed = packed_decodes(known, tile_keys=64, blocks_a_head=blocks)
+        check_slots(packed)
+        assert all(len(pair) == 2 for pair in packed.items_IF[:, 6:8].tolist())
+        whole = {(row[0], row[5]) for row in packed.items_IF.tolist()}
+        assert whole == {(each.sequence, each.keys) for each in known}
+
+
+# --- the cache, and bundles -----------------------------------------------------------------------
+
+
+@given(
+    slots=st.lists(st.integers(-1, 11), min_size=0, max_size=8, unique_by=lambda x: x % 100),
+    kinds=st.sampled_from([("fp32", torch.float32), ("fp16", torch.float16)]),
+)
+@settings(max_examples=20)
+def test_kv_write_equals_the_reference_bit_by_bit(slots, kinds):
+    name, page_dtype = kinds
+    wide = torch.randn(len(slots), 4, 2, 6, generator=torch.Generator().manual_seed(0))
+    wide = wide.to(DTYPES[name]).to(DEVICE)
+    k, v = wide[:, 0], wide[:, 2]  # parts of wider rows, as a fused projection leaves them
+    before = [torch.randn(3, 4, 2, 6).to(page_dtype).to(DEVICE) for _ in "kv"]
+    expected = [each.clone() for each in before]
+    where = torch.tensor(slots, dtype=torch.int64).to(DEVICE)
+    load_reference("kv_write")(k, v, *expected, where)
+    writing.kv_write(k, v, *before, where)
+    for found, wanted in zip(before, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_an_emitted_file_finds_its_parts_and_computes_the_same(tmp_path):
+    model = tiny_model(heads=4, kv_heads=1, head_dim=64, weight_dtype="bf16")
+    plan = make_plan(model=model, kv_dtype="bf16", page_tokens=64)
+    program = emit_program(plan, target="triton")
+    by_op = {each.op: each.target for each in program.kernels}
+    assert by_op["paged_attention"] == by_op["kv_write"] == by_op["rope"] == "triton"
+    inputs = step([(1, 70, True), (20, 90, True)], page=64, seed=0)
+    q = torch.randn(21, 4, 64).half().to(DEVICE)
+    k, v = (torch.randn(inputs.pages, 64, 1, 64).half().to(DEVICE) for _ in "kv")
+    with loaded(program, tmp_path) as load:
+        out, _ = load("paged_attention").paged_attention(q, k, v, k, inputs, 0.125)
+    expected, _ = exact(q, k, v, inputs, 0.125)
+    assert ((out.cpu().double() - expected).abs() <= 2**-8).all()
+
+
+@pytest.mark.parametrize(
+    ("page_tokens", "head_dim", "dtype", "target"),
+    [
+        (64, 64, "bf16", "triton"),
+        (128, 128, "fp16", "triton"),
+        (16, 64, "bf16", "triton"),
+        (64, 16, "bf16", "torch"),
+        (64, 64, "fp32", "torch"),
+    ],
+)
+def test_what_the_kernels_are_not_made_for_takes_the_reference(
+    page_tokens, head_dim, dtype, target
+):
+    model = tiny_model(heads=4, kv_heads=2, head_dim=head_dim, weight_dtype=dtype)
+    plan = make_plan(model=model, kv_dtype=dtype, page_tokens=page_tokens)
+    program = emit_program(plan, target="triton")
+    (found,) = (each.target for each in program.kernels if each.op == "paged_attention")
+    assert found == target
