@@ -12,6 +12,8 @@ STEP = 1.05
 """Rates that are told apart: neighbours on a grid of powers of this."""
 LEAST, MOST = -80, 45
 """Powers of STEP between which the rate is sought: 0.02 to 9 requests/s."""
+PROBES = 5
+"""Rates from which on probes that are all enough are a search, not a grid."""
 
 
 class Capacity(Struct, frozen=True, kw_only=True):
@@ -21,6 +23,8 @@ class Capacity(Struct, frozen=True, kw_only=True):
     """Protocol, mix, window."""
     policy: str
     rps: float
+    bounded: bool
+    """Whether a neighbour above was not enough; else the search ended at its own edge."""
     rows: tuple[Row, ...]
     """The runs at that rate."""
 
@@ -40,7 +44,10 @@ def highest_power(enough: Callable[[int], bool]) -> int:
 
 
 def capacities(rows: Sequence[Row], figure: str = "all_attained") -> list[Capacity]:
-    """Of every policy whose probes end in neighbours of the grid, one enough and one not."""
+    """Of every policy whose probes end in neighbours of the grid, one enough and one not.
+
+    Where every probe of a search was enough, the highest one, not bounded.
+    """
     groups: dict[tuple[tuple[str, int, float], str], dict[float, list[Row]]] = {}
     for row in rows:
         case = row.case
@@ -52,9 +59,15 @@ def capacities(rows: Sequence[Row], figure: str = "all_attained") -> list[Capaci
         powers = {rates[qps]: each for qps, each in by_rate.items() if qps in rates}
         good = {power for power, each in powers.items() if _enough(each, figure)}
         edges = [power for power in good if power + 1 in powers and power + 1 not in good]
+        bounded = bool(edges)
+        if not edges and len(good) == len(powers) >= PROBES:
+            edges = [max(good)]
         if edges:
             best = max(edges)
-            found.append(Capacity(key=key, policy=policy, rps=rate(best), rows=tuple(powers[best])))
+            rows_there = tuple(powers[best])
+            found.append(
+                Capacity(key=key, policy=policy, rps=rate(best), bounded=bounded, rows=rows_there)
+            )
     return found
 
 

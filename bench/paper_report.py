@@ -173,12 +173,12 @@ def _peers(key: Key, rows: Sequence[Row]) -> str:
                     mine[seed]["short_ttft_p99"] < theirs[seed]["short_ttft_p99"] for seed in seeds
                 )
                 later = [
-                    mine[seed]["long_e2e_mean"] / theirs[seed]["long_e2e_mean"] - 1
+                    _later(mine[seed]["long_e2e_mean"], theirs[seed]["long_e2e_mean"])
                     for seed in seeds
                 ]
                 lines.append(
                     f"| {qps:g} | `{ours}` | `{peer}` | {'; '.join(p99)} | {better} of {len(seeds)}"
-                    f" | {'; '.join(_percent(each) for each in later)} |"
+                    f" | {'; '.join(later)} |"
                 )
     if not lines:
         return ""
@@ -221,9 +221,181 @@ def _capacity(rows: Sequence[Row]) -> str:
     base = {(each.key): each.rps for each in found if each.policy == "fcfs-whole"}
     for each in sorted(found, key=lambda one: (one.key, -one.rps)):
         protocol, mix, window_s = each.key
-        ratio = f"{each.rps / base[each.key]:.1f} x" if each.key in base else "not run"
+        least = "" if each.bounded else "at least "
+        ratio = f"{least}{each.rps / base[each.key]:.1f} x" if each.key in base else "not run"
         lines.append(
-            f"| {protocol}, {mix} %, {window_s:g} s | `{each.policy}` | {each.rps:g} |"
+            f"| {protocol}, {mix} %, {window_s:g} s | `{each.policy}` | {least}{each.rps:g} |"
+            f" {_mean(each.rows, 'load'):.2f} | {_share(_mean(each.rows, 'short_attained'))} /"
+            f" {_share(_mean(each.rows, 'long_attained'))} |"
+            f" {_share(_mean(each.rows, 'long_finished') / _mean(each.rows, 'long_requests'))} |"
+            f" {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+# --- cells --------------------------------------------------------------------------------------
+
+
+def _select(rows: Iterable[Row], qps: float, policy: str) -> list[Row]:
+    return [row for row in rows if row.case.qps == qps and row.case.policy == policy]
+
+
+def _ordered(policies: Iterable[str]) -> list[str]:
+    known = dict.fromkeys(policies)
+    return [each for each in POLICIES if each in known] + [
+        each for each in known if each not in POLICIES
+    ]
+
+
+def _mean(rows: Sequence[Row], column: str) -> float:
+    return fmean(row[column] for row in rows) if rows else math.nan
+
+
+def _three(rows: Sequence[Row], quantity: str) -> str:
+    return _many(rows, quantity, ("p50", "p90", "p99"))
+
+
+def _many(rows: Sequence[Row], quantity: str, figures: Sequence[str]) -> str:
+    return " / ".join(_seconds(_mean(rows, f"{quantity}_{figure}")) for figure in figures)
+
+
+def _seconds(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return "never" if math.isinf(value) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1%}"
+
+
+def _later(mine: float, theirs: float) -> str:
+    if math.isinf(theirs):
+        return "neither all" if math.isinf(mine) else "theirs not all"
+    return "-" if math.isnan(mine / theirs) else f"{mine / theirs - 1:+.1%}"
+
+
+def _ratios(key: Key, rows: Sequence[Row]) -> str:
+    lines = []
+    for qps in sorted({row.case.qps for row in rows}):
+        for ours in OURS:
+            mine = _select(rows, qps, ours)
+            for baseline in BASELINES:
+                theirs = _select(rows, qps, baseline)
+                common = {row.case.seed for row in mine} & {row.case.seed for row in theirs}
+                if not common:
+                    continue
+                cells = [
+                    _ratio(
+                        _mean([r for r in theirs if r.case.seed in common], f"short_ttft_{figure}"),
+                        _mean([r for r in mine if r.case.seed in common], f"short_ttft_{figure}"),
+                    )
+                    for figure in ("p50", "p90", "p99")
+                ]
+                lines.append(f"| {qps:g} | `{ours}` | `{baseline}` | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    head = [
+        "Short requests, TTFT of the baseline over ours:",
+        "",
+        "| requests/s | ours | baseline | P50 | P90 | P99 |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join(head + lines)
+
+
+def _ladders(key: Key, rows: Sequence[Row]) -> list[str]:
+    """One for each rate at which both ends of the ladder ran."""
+    parts = []
+    for qps in sorted({row.case.qps for row in rows}):
+        here = [row for row in rows if row.case.qps == qps]
+        seeds = [
+            {row.case.seed for row in _select(here, qps, end)} for end in ("fcfs-whole", "lars")
+        ]
+        common = set.intersection(*seeds)
+        if common:
+            text = f"What each part contributes at {qps:g} requests/s (in brackets: the line before"
+            shown = [row for row in here if row.case.seed in common]
+            parts += [f"{text} over this one):", ladder(shown)]
+    return parts
+
+
+def _peers(key: Key, rows: Sequence[Row]) -> str:
+    """Against the policies of today's engines: shorts' P99, and how much later longs finish."""
+    lines = []
+    for qps in sorted({row.case.qps for row in rows}):
+        for peer in (*PEERS, *ENGINES):
+            for ours in OURS[:2]:
+                mine = {row.case.seed: row for row in _select(rows, qps, ours)}
+                theirs = {row.case.seed: row for row in _select(rows, qps, peer)}
+                seeds = sorted(mine.keys() & theirs.keys())
+                if len(seeds) < 2:
+                    continue
+                p99 = [
+                    f"{_seconds(mine[seed]['short_ttft_p99'])} /"
+                    f" {_seconds(theirs[seed]['short_ttft_p99'])}"
+                    for seed in seeds
+                ]
+                better = sum(
+                    mine[seed]["short_ttft_p99"] < theirs[seed]["short_ttft_p99"] for seed in seeds
+                )
+                later = [
+                    _later(mine[seed]["long_e2e_mean"], theirs[seed]["long_e2e_mean"])
+                    for seed in seeds
+                ]
+                lines.append(
+                    f"| {qps:g} | `{ours}` | `{peer}` | {'; '.join(p99)} | {better} of {len(seeds)}"
+                    f" | {'; '.join(later)} |"
+                )
+    if not lines:
+        return ""
+    head = [
+        "Against the policies of other engines, seed by seed (ours / theirs):",
+        "",
+        _line(
+            "requests/s",
+            "ours",
+            "peer",
+            "short TTFT P99, s",
+            "ours better",
+            "longs finish later by (mean end to end)",
+        ),
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join(head + lines)
+
+
+def _capacity(rows: Sequence[Row]) -> str:
+    found = capacities(rows)
+    if not found:
+        return ""
+    lines = [
+        "## Capacity",
+        "",
+        CAPACITY_TEXT.format(share=CAPACITY_SHARE),
+        "",
+        _line(
+            "protocol, mix, window",
+            "policy",
+            "requests/s",
+            "load there",
+            "in time: short / long",
+            "longs finished",
+            "over `fcfs-whole`",
+        ),
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = {(each.key): each.rps for each in found if each.policy == "fcfs-whole"}
+    for each in sorted(found, key=lambda one: (one.key, -one.rps)):
+        protocol, mix, window_s = each.key
+        least = "" if each.bounded else "at least "
+        ratio = f"{least}{each.rps / base[each.key]:.1f} x" if each.key in base else "not run"
+        lines.append(
+            f"| {protocol}, {mix} %, {window_s:g} s | `{each.policy}` | {least}{each.rps:g} |"
             f" {_mean(each.rows, 'load'):.2f} | {_share(_mean(each.rows, 'short_attained'))} /"
             f" {_share(_mean(each.rows, 'long_attained'))} |"
             f" {_share(_mean(each.rows, 'long_finished') / _mean(each.rows, 'long_requests'))} |"

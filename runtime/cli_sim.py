@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from plans.plan import Plan
     from runtime.arrivals import Load, Offered
     from runtime.cli_sim_tables import Served
-    from runtime.engine import Log
     from runtime.metrics import Summary
     from runtime.simulate import Run
     from runtime.timeline import Recorder
@@ -110,11 +109,13 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     from plans.check import load_plan
     from runtime.arrivals import Load, offer
     from runtime.cli_sim_tables import Served, print_tables
+    from runtime.decisions import decision_log
     from runtime.simulate import simulate
 
     plan = load_plan(bundle / "plan.yaml" if bundle.is_dir() else bundle)
+    outputs = [timeline, plot, decisions]
     if replay is not None:
-        _replay(plan, replay)
+        _replay(plan, replay, [trace, qps, duration, arrivals, policy, json, *outputs])
         return
     policies = list(dict.fromkeys(policy or [plan.scheduler.policy]))
     single = {"--timeline": timeline, "--decisions": decisions}
@@ -139,7 +140,7 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
             for name in policies:
                 label = f"{name}, seed {each}" if seeds > 1 else name
                 watch = _Watch(progress, label, offered, plan, keep=timeline is not None)
-                with _decision_log(decisions, plan, name) as log:
+                with decision_log(decisions, plan, name) as log:
                     run = simulate(plan, offered.requests, name, observe=watch.replica, log=log)
                 watch.done(run)
                 recorders += watch.recorders
@@ -205,19 +206,11 @@ def _check_flags(
         check_format(plot)
 
 
-@contextmanager
-def _decision_log(path: Path | None, plan: "Plan", policy: str) -> "Iterator[Log | None]":
-    """A log that appears under its name when the run is over."""
-    if path is None:
-        yield None
-        return
-    from runtime.decisions import DecisionLog
-
-    with written_whole(path) as partial, partial.open("wb") as file:
-        yield DecisionLog(file, plan, policy)
-
-
-def _replay(plan: "Plan", path: Path) -> None:
+def _replay(plan: "Plan", path: Path, others: list[object]) -> None:
+    if any(other is not None for other in others):
+        raise UsageError(
+            "--replay decides a log again and serves nothing: no other flag goes with it"
+        )
     from runtime.decisions import read_log, replay
 
     done = replay(plan, read_log(path), str(path))

@@ -8,6 +8,7 @@ whether it was written by a live run or by a simulation.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from plans.errors import BundleMismatch, InvalidFile, MedhaError
 from plans.plan import Plan
 from runtime.engine import Engine
 from runtime.executor.base import Step, StepResult
+from runtime.outputs import written_whole
 from runtime.request import Record, Request
 from runtime.scheduler import load_policy
 
@@ -113,6 +115,16 @@ class DecisionLog:
 
     def _write(self, line: Line) -> None:
         self._file.write(self._encoder.encode(line) + b"\n")
+
+
+@contextmanager
+def decision_log(path: Path | None, plan: Plan, policy: str) -> Iterator[DecisionLog | None]:
+    """A log that appears under its name when the run is over; None where none is wanted."""
+    if path is None:
+        yield None
+        return
+    with written_whole(path) as partial, partial.open("wb") as file:
+        yield DecisionLog(file, plan, policy)
 
 
 def plain(step: Step) -> dict[str, Any]:

@@ -95,6 +95,11 @@ def test_capacity_needs_both_sides_of_the_edge() -> None:
     assert capacities([row(0, 0.95), row(2, 0.89)]) == []
 
 
+def test_capacity_without_an_upper_edge_says_so() -> None:
+    (found,) = capacities([row(power, 0.95) for power in (-20, 0, 10, 20, 30)])
+    assert (found.rps, found.bounded) == (rate(30), False)
+
+
 def test_capacity_is_judged_by_the_mean_over_the_seeds() -> None:
     probes = [row(0, 0.99), row(0, 0.81, seed=1), row(1, 0.95), row(1, 0.84, seed=1)]
     (found,) = capacities(probes)

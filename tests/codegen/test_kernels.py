@@ -149,7 +149,7 @@ def test_rms_norm_equals_its_formula_in_double_precision(rows, width, eps, seed)
 
 @given(seed=st.integers(0, 99), scale=st.sampled_from([1.0, 1.3]))
 def test_rope_turns_pairs_as_complex_numbers(seed, scale):
-    x, positions = randn(4, 3, 8, dtype="fp32", seed=seed), torch.tensor([0, 1, 50, 999])
+    x, positions = randn(4, 3, 8, dtype="fp32", seed=seed).cpu(), torch.tensor([0, 1, 50, 999])
     frequencies = torch.tensor([1.0, 0.3, 0.01, 0.0001])
     turned = rope(x, positions, frequencies, scale)
     pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
@@ -183,13 +183,13 @@ def test_kv_write_stores_rows_at_slots_and_skips_minus_one(slots, skipped, dtype
 
 def test_kv_write_and_attention_take_fp8_pages():
     pages = [torch.zeros(2, 4, 1, 8, dtype=torch.float8_e4m3fn) for _ in "kv"]
-    k, v = randn(3, 1, 8, dtype="fp32", seed=0), randn(3, 1, 8, dtype="fp32", seed=1)
+    k, v = (randn(3, 1, 8, dtype="fp32", seed=seed).cpu() for seed in (0, 1))
     kv_write(k, v, *pages, torch.tensor([5, -1, 2]))
     assert torch.equal(pages[0][1, 1].float(), k[0].to(torch.float8_e4m3fn).float())
     assert torch.equal(pages[1][0, 2].float(), v[2].to(torch.float8_e4m3fn).float())
     inputs = step([(1, 3, True)], page_tokens=4, seed=0, pool=[0])
     out, _ = paged.paged_attention(
-        randn(1, 1, 8, dtype="fp32", seed=2), *pages, pages[0], inputs, 1
+        randn(1, 1, 8, dtype="fp32", seed=2).cpu(), *pages, pages[0], inputs, 1
     )
     assert out.isfinite().all()
 

@@ -120,5 +120,7 @@ def test_the_command_writes_a_log_and_decides_it_again(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     assert "decided alike" in again.output
     assert sorted(each.name for each in tmp_path.iterdir()) == ["log.jsonl", "plan.yaml"]
+    both = runner.invoke(app, [str(plan), "--replay", str(path), "--qps", "3"])
+    assert isinstance(both.exception, UsageError)
     two = runner.invoke(app, [str(plan), "--decisions", str(path), "--seeds", "2"])
     assert isinstance(two.exception, UsageError)

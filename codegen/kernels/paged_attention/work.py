@@ -72,9 +72,9 @@ class WorkList:
 
 
 def _sent(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    # the driver takes up to 64 KiB of pageable memory into its queue at once
+    pinned = host.pin_memory() if device.type == "cuda" and host.nbytes > 65_536 else host
+    return pinned.to(device, non_blocking=True)
 
 
 def chunk_list(

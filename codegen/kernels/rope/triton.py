@@ -29,6 +29,10 @@ def rope_kernel(
     head_N = tl.arange(0, BLOCK_N)
     at_H2 = tl.arange(0, BLOCK_H2)
     angle_H2 = position * tl.load(inv_freq_ptr + at_H2, mask=at_H2 < half, other=0.0)
+    # fp32 sines of angles past 1e5 take a slow path, three times the time of all the rest; a few
+    # steps in fp64 bring the very same angle into half a turn
+    turns_H2 = angle_H2.to(tl.float64) * 0.15915494309189535
+    angle_H2 = ((turns_H2 - tl.floor(turns_H2 + 0.5)) * 6.283185307179586).to(tl.float32)
     cos_H2 = (tl.cos(angle_H2) * scale)[None, :]
     sin_H2 = (tl.sin(angle_H2) * scale)[None, :]
     inside = (head_N < heads)[:, None] & (at_H2 < half)[None, :]

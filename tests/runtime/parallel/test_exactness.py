@@ -49,6 +49,8 @@ SWEEP = tuple(
     for tp, spp, kvp in itertools.product((1, 2, 4), (1, 2, 3, 4), range(1, 9))
     if 1 < tp * spp * kvp <= 8
 )
+FEW, MANY = 2, 12
+"""Schedules of a mesh and family, in the suite and in the sweep."""
 WORKS = st.lists(
     st.tuples(st.integers(1, CONTEXT - 24), st.integers(1, 24)), min_size=1, max_size=6
 )
@@ -58,9 +60,9 @@ WORKS = st.lists(
 @pytest.fixture(
     scope="module",
     params=[
-        *(pytest.param((mesh, 2), id=mesh_name(mesh)) for mesh in MESHES),
+        *(pytest.param((mesh, FEW), id=mesh_name(mesh)) for mesh in MESHES),
         *(
-            pytest.param((mesh, 12), id=f"sweep-{mesh_name(mesh)}", marks=pytest.mark.sweep)
+            pytest.param((mesh, MANY), id=f"sweep-{mesh_name(mesh)}", marks=pytest.mark.sweep)
             for mesh in SWEEP
         ),
     ],
@@ -172,13 +174,17 @@ def assert_all_greedy(family: str, works: list[tuple[int, int]], answers: list[l
         assert_greedy(FAMILIES[family], prompt_of(tokens, number), answer)
 
 
-MIXED = [(200, 20), (3, 30), (90, 10), (31, 12), (160, 25), (12, 30), (65, 9), (220, 15)]
+MIXED = [(20, 60), (200, 12), (9, 55), (90, 10), (30, 60), (160, 15), (12, 58), (25, 50), (14, 60)]
+"""Short prompts whose answers outgrow any pool that holds one long request, and long prompts."""
 
 
-def test_the_engine_preempts_recomputes_and_cancels_without_changing_a_token(pool):
+def test_the_engine_preempts_recomputes_and_cancels_without_changing_a_token(pool_and_examples):
     """A pool of little more than one request: the rest is taken from each other."""
+    pool, examples = pool_and_examples
+    if examples == FEW and pool.workers.plan.parallelism.tp == 4:
+        pytest.skip("four ranks that add up after each product are slow here; the sweep runs them")
     family = "qwen3"
-    answers, records, watcher = serve(pool, family, MIXED, spare_pages=2, cancels={9: 2, 17: 4})
+    answers, records, watcher = serve(pool, family, MIXED, spare_pages=1, cancels={9: 2, 17: 5})
     assert len(records) == len(MIXED)
     assert sum(record.evictions for record in records) > 0
     reasons = {record.request.number: record.reason for record in records}
