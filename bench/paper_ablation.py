@@ -77,15 +77,24 @@ class Relative:
 class Lanes:
     """Two lanes with a weight of slack and with or without the share of the slower one."""
 
-    def __init__(self, *, weight: float, express_s: float = 0.5, share: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        weight: float,
+        express_s: float = 0.5,
+        share: bool = True,
+        by_remaining: bool = False,
+    ) -> None:
         """As in runtime/scheduler/lars_lanes.py."""
         self._weight = weight
         self._express_s = express_s
         self._share = share
+        self._by_remaining = by_remaining
 
     def rank(self, waiting: Prefills, *, now_s: float) -> Ranked:
         """Keys of the variant."""
-        express = waiting.remaining_s <= self._express_s
+        work_s = waiting.remaining_s if self._by_remaining else waiting.work_s
+        express = work_s <= self._express_s
         keys = waiting.remaining_s + self._weight * slack_s(waiting, now_s)
         if not self._share:
             keys = keys - 1e9 * express  # first by key instead of by class
@@ -103,6 +112,7 @@ def variants(plan: Plan) -> Iterator[tuple[str, Plan, Policy]]:
     yield "published + demotion", plan, Relative(demote=True)
     yield "published + lead 0.02", plan, Relative(lead=0.02)
     yield "lars = both", plan, ours
+    yield "lars, max_yield 0", plan, Relative(demote=True, lead=0.02, most=0.0)
     yield "lars, max_yield 0.2", plan, Relative(demote=True, lead=0.02, most=0.2)
     yield "lars, max_yield 0.8", plan, Relative(demote=True, lead=0.02, most=0.8)
     yield "lars, yields 0.8 always", plan, Relative(demote=True, lead=0.02, always_yield=0.8)
@@ -120,9 +130,11 @@ def variants(plan: Plan) -> Iterator[tuple[str, Plan, Policy]]:
         ttft = TtftTarget(multiplier=multiplier, floor_s=floor_s)
         changed = structs.replace(plan, targets=structs.replace(plan.targets, ttft=ttft))
         yield f"lars, deadline {multiplier} x, {floor_s} s", changed, ours
-    for weight in (0.0, 0.03, 0.1, 0.3):
+    yield "lars-lanes", plan, Lanes(weight=0.1)
+    for weight in (0.0, 0.03, 0.3):
         yield f"lanes, weight {weight}", plan, Lanes(weight=weight)
     yield "lanes, weight 0.1, no share", plan, Lanes(weight=0.1, share=False)
+    yield "lanes, by remaining work", plan, Lanes(weight=0.1, by_remaining=True)
     yield "lanes, express 0.1 s", plan, Lanes(weight=0.1, express_s=0.1)
     yield "lanes, express 2 s", plan, Lanes(weight=0.1, express_s=2.0)
 

@@ -48,6 +48,8 @@ from runtime.weights import random_weights
 
 LAYOUTS = {"1 GPU": (1, 1, 1), "TP2": (2, 1, 1), "SPP2": (1, 2, 1), "KVP2": (1, 1, 2)}
 NEW_TOKENS = 32
+BEST = 16
+"""Logits kept for each token on one GPU, to tell a near-tie from an error."""
 GAP_S = 1.0
 """Silence between two requests, beyond what the slowest is predicted to take."""
 
@@ -89,6 +91,8 @@ class Watch:
     """Stage sums at every progress report of a run, so that a prompt's share can be cut out."""
 
     clock: WallClock
+    best: dict[str, dict[str, float]] = field(default_factory=dict)
+    """On one GPU, by request and position: the BEST tokens with the largest logits."""
     executor: ParallelExecutor | None = None
     marks: list[tuple[float, list[tuple[float, float, float]]]] = field(default_factory=list)
 
@@ -97,6 +101,13 @@ class Watch:
         if self.executor is not None:
             sums = [(each.seconds, each.merge_s, each.waited_s) for each in self.executor.stages]
             self.marks.append((self.clock.now_s(), sums))
+
+    def keep(self, request: int, position: int, logits_V: torch.Tensor) -> None:  # noqa: N803
+        """Called with the logits of each sampled token."""
+        values, ids = logits_V.float().topk(BEST)
+        self.best[f"{request},{position}"] = dict(
+            zip(map(str, ids.tolist()), values.tolist(), strict=True)
+        )
 
     def between(self, first_s: float, last_s: float) -> list[tuple[float, float, float]]:
         """(work, merge, waited) of each stage in a span."""
@@ -128,7 +139,11 @@ def serve(bundle: Bundle, requests: Path) -> tuple[list[Result], Watch, OfflineR
     device = device_for(plan)
     program = bundle.load_stage(0)
     executor = LiveExecutor(
-        plan, program, random_weights(program.parameters, device=device), clock=clock
+        plan,
+        program,
+        random_weights(program.parameters, device=device),
+        clock=clock,
+        on_logits=watch.keep,
     )
     executor.warm_up()
     return run.run(plan, [executor], clock, scheduling), watch, run
@@ -235,16 +250,24 @@ def main() -> None:
                 continue
         rows += rows_of(layout, bundle.plan, results, watch, run)
         tokens[layout] = [list(result.token_ids) for result in results]
+        if watch.best:
+            (given.out / "logits.json").write_text(json.dumps(watch.best))
         first = next(iter(tokens.values()))
         for row, own, other in zip(rows[-len(prompts) :], tokens[layout], first, strict=True):
             row["tokens_agree"] = f"{agreement(own, other)}/{len(other)}"
         print(f"{layout} took {time.monotonic() - started_s:.0f} s", file=sys.stderr, flush=True)
+        write_results(given.out, rows, tokens)
+    print((given.out / "parallel_gpus.md").read_text())
+
+
+def write_results(out: Path, rows: list[dict[str, object]], tokens: dict[str, object]) -> None:
+    """Writes what is there so far: a later layout that hangs takes nothing along."""
     fields = list(dict.fromkeys(name for row in rows for name in row))
-    with (given.out / "parallel_gpus.csv").open("w", newline="") as file:
+    with (out / "parallel_gpus.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
-    (given.out / "tokens.json").write_text(json.dumps(tokens))
+    (out / "tokens.json").write_text(json.dumps(tokens))
     lines = [
         f"`python -m bench.parallel_gpus {' '.join(sys.argv[1:])}`",
         "",
@@ -254,9 +277,7 @@ def main() -> None:
         "|" + "---|" * len(fields),
     ]
     lines += ["| " + " | ".join(shown(row.get(name, "")) for name in fields) + " |" for row in rows]
-    text = "\n".join(lines) + "\n"
-    (given.out / "parallel_gpus.md").write_text(text)
-    print(text)
+    (out / "parallel_gpus.md").write_text("\n".join(lines) + "\n")
 
 
 def shown(value: object) -> str:

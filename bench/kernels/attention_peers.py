@@ -51,8 +51,14 @@ ROWS = {"prefill": PREFILL, "chunk": CHUNKS, "decode": DECODES}
 PORTABLE = [("prefill", 8 * K, 32), ("prefill", 32 * K, 32), ("chunk", 512, 32)]
 TOLERANCE = 6e-3
 """As in attention_check.py."""
-TFLOPS, BYTES_S = 790e12, 4.28e12
-"""The best sustained rates seen of a bf16 product and of a copy on an H200."""
+RATES = {"H100": (787e12, 3.02e12), "H200": (790e12, 4.28e12)}
+"""The best rates seen of a bf16 product, and of a copy, bytes read and written, by card."""
+
+
+def card_rates() -> tuple[float, float]:
+    """(FLOP/s, bytes/s) of this card; those of an H200 where it is unknown."""
+    name = torch.cuda.get_device_name()
+    return next((rates for card, rates in RATES.items() if card in name), RATES["H200"])
 
 
 def timed(run: Callable[[], Any], repeats: int) -> float:
@@ -163,7 +169,8 @@ def figures(case: Case, times: list[float], peer: list[float]) -> dict[str, Any]
         return {"us": "wrong"}
     us = statistics.median(times)
     low, high = (sorted(times)[int(share * (len(times) - 1))] for share in (0.2, 0.8))
-    floor_us = 1e6 * case.floor_s(flops=TFLOPS, bytes_s=BYTES_S)
+    flops, bytes_s = card_rates()
+    floor_us = 1e6 * case.floor_s(flops=flops, bytes_s=bytes_s)
     found = {
         "us": round(us, 1),
         "p20": round(low, 1),

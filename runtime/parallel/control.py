@@ -76,7 +76,10 @@ class Workers:
         self._broadcast(wire.Welcome())
         ready: set[int] = set()
         while len(ready) < len(self._ranks):
-            ready |= {each.rank for each in self.poll(LOOK_S) if isinstance(each, wire.Ready)}
+            words = [each for each in self.poll(LOOK_S) if isinstance(each, wire.Ready)]
+            ready |= {each.rank for each in words}
+        for rank in ready:
+            self._watch.ready(rank)
 
     def _compare(self, hellos: Mapping[int, wire.Hello], seed: int | None) -> None:
         wanted = {

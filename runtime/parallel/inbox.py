@@ -11,7 +11,7 @@ import threading
 import zmq
 
 from runtime.parallel import wire
-from runtime.parallel.progress import COMPILES, COMPUTES, Progress
+from runtime.parallel.progress import COMPILES, COMPUTES, LOADS, Progress
 
 BEAT_S = 0.5
 LINGER_MS = 1000
@@ -94,6 +94,8 @@ def _phase(progress: Progress) -> str:
 
     Found on the stack of the thread that works: a compiler's hooks would be bound to its version.
     """
+    if progress.loading:
+        return LOADS
     if progress.phase != COMPUTES:
         return progress.phase
     frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001 - documented

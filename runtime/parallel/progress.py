@@ -14,6 +14,8 @@ class Progress:
     def __init__(self) -> None:
         """At the start of the process."""
         self.step_id = -1
+        self.loading = True
+        """Until it can run steps: first calls of a device's libraries take their time."""
         self.phase = LOADS
         self.moves = 0
 

@@ -15,9 +15,11 @@ from typing import Protocol
 
 from plans.plan import Plan
 from runtime.parallel import wire
-from runtime.parallel.progress import COMPILES, COMPUTES
+from runtime.parallel.progress import COMPILES, COMPUTES, IDLE, LOADS
 
 SILENT_S = 3.0
+SILENT_LOADING_S = 60.0
+"""The same while it loads: a first call of a device's library may hold every thread up."""
 STALL_S = 4.0
 STALL_STEPS = 20
 """A rank may compute for as long as this many steps of the plan's budget before it counts as stuck:
@@ -43,7 +45,7 @@ class _Rank:
     moved_s: float
     moves: int = -1
     step_id: int = -1
-    phase: str = "starts"
+    phase: str = LOADS
     where: str = ""
 
 
@@ -61,17 +63,19 @@ class Watch:
         }
         self._stall_s = max(STALL_S, STALL_STEPS * plan.scheduler.idle_budget_s)
         self._looked_s = now_s
-        self._heard: set[int] = set()
         self._busy_since_s: float | None = None
 
     def place(self, hello: wire.Hello) -> None:
         """Notes where a rank runs."""
         self._ranks[hello.rank].where = f" ({hello.host}, pid {hello.pid})"
 
+    def ready(self, number: int) -> None:
+        """A rank has loaded: from now on it is to beat in time."""
+        self._ranks[number].phase = IDLE
+
     def beat(self, beat: wire.Beat, now_s: float) -> None:
         """Takes a beat."""
         rank = self._ranks[beat.rank]
-        self._heard.add(beat.rank)
         rank.seen_s = now_s
         rank.step_id, rank.phase = beat.step_id, beat.phase
         if beat.moves != rank.moves:
@@ -102,11 +106,10 @@ class Watch:
                 rank.seen_s = max(rank.seen_s, now_s - FRESH_S)
                 rank.moved_s = max(rank.moved_s, now_s - FRESH_S)
         self._looked_s = now_s
-        silent = [rank for rank, each in self._ranks.items() if now_s - each.seen_s > SILENT_S]
-        # before its first beat a process may still load its libraries
-        silent = [rank for rank in silent if rank in self._heard]
-        if silent:
-            return f"{self._names(silent)} sent no sign of life for {SILENT_S:g} s"
+        for number, each in self._ranks.items():
+            limit_s = SILENT_LOADING_S if each.phase == LOADS else SILENT_S
+            if now_s - each.seen_s > limit_s:
+                return f"{self._name(number)} sent no sign of life for {limit_s:g} s"
         return self._stuck(now_s, in_flight=in_flight)
 
     def _stuck(self, now_s: float, *, in_flight: bool) -> str | None:

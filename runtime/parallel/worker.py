@@ -25,7 +25,7 @@ from runtime.parallel.groups import Groups, RankComm, join_groups
 from runtime.parallel.inbox import Inbox, start_beats
 from runtime.parallel.inputs import PackedInputs
 from runtime.parallel.kvp import Exchange, exchange_of
-from runtime.parallel.progress import COMPUTES, IDLE, LOADS, WAITS, Progress
+from runtime.parallel.progress import COMPUTES, IDLE, WAITS, Progress
 from runtime.parallel.rank import Rank
 from runtime.parallel.spp import Arrival, HandOver
 from runtime.parallel.stopwatch import Mark, Stopwatch
@@ -137,6 +137,7 @@ class Worker:
             if not self._agree(bundle, opened):
                 return 1
             stage = self._load(bundle, opened)
+            self._progress.loading = False
             self._inbox.send(wire.Ready(self._setup.rank))
             last = stage.run()
             if isinstance(last, wire.Stop):
@@ -146,7 +147,7 @@ class Worker:
 
     def _agree(self, bundle: Bundle, opened: wire.Open) -> bool:
         """The hand-shake; nothing large is loaded before it."""
-        self._progress.enter(LOADS)
+        self._progress.loading = True
         hello = wire.Hello(
             rank=self._setup.rank,
             host=os.uname().nodename,
@@ -246,15 +247,25 @@ class _Stage:
                     break
                 if isinstance(message, wire.StepMessage):
                     self._queue.append(self._prepared(message))
-                elif isinstance(message, wire.Start):
-                    self._start(message.run)
-                elif isinstance(message, wire.Stop | wire.Open):
-                    if not (isinstance(message, wire.Stop) and message.failed):
-                        self._hand_over.drain()
+                elif isinstance(message, wire.Stop) and message.failed:
                     return message
+                else:
+                    self._finish()
+                    if isinstance(message, wire.Stop | wire.Open):
+                        return message
+                    if isinstance(message, wire.Start):
+                        self._start(message.run)
             self._report()
             if self._queue:
                 self._run(self._queue.popleft())
+
+    def _finish(self) -> None:
+        """Runs what is left: the driver has its tokens and did not wait for every rank."""
+        while self._queue:
+            self._run(self._queue.popleft())
+        self._hand_over.drain()
+        self._rank.synchronise()
+        self._report(all_of_them=True)
 
     def _patience_s(self) -> float | None:
         """How long to wait for a message: no longer than until there is something else to do."""
@@ -263,9 +274,6 @@ class _Stage:
         return PENDING_POLL_S if self._pending else None
 
     def _start(self, run: int) -> None:
-        assert not self._queue, "steps are in flight"
-        self._rank.synchronise()
-        self._report(all_of_them=True)
         self._run_number = run
         self._rank.table = RequestTable()
         self._inbox.restart()

@@ -1,4 +1,4 @@
-"""Two lanes: an express lane for what a few steps finish, and the rest by work and slack together.
+"""Two lanes: an express lane for prompts of a few steps, and the rest by work and slack together.
 
     key = remaining prefill + SLACK_WEIGHT x (arrival + deadline - now - remaining prefill)
 
@@ -18,7 +18,8 @@ import numpy as np
 from runtime.scheduler.policy import Prefills, Ranked, slack_s
 
 EXPRESS_S = 0.5
-"""Remaining prefill up to which a request rides in the express lane: the floor of the deadlines."""
+"""Whole prefill up to which a request rides in the express lane: the floor of the deadlines. Not
+what remains of it: the last pieces of late long prompts would go before fresh short ones."""
 SLACK_WEIGHT = 0.1
 """0 is shortest remaining work first, 1 is earliest deadline first."""
 
@@ -31,5 +32,5 @@ class LarsLanes:
         return Ranked(
             keys=waiting.remaining_s + SLACK_WEIGHT * slack_s(waiting, now_s),
             yields=np.zeros(len(waiting)),
-            demoted=waiting.remaining_s > EXPRESS_S,
+            demoted=waiting.work_s > EXPRESS_S,
         )

@@ -255,7 +255,7 @@ def test_lars_demotes_what_cannot_be_met_and_lanes_what_is_not_express() -> None
         number=np.arange(2),
         arrival_s=np.zeros(2),
         deadline_s=np.array([2.0, 2.0]),
-        work_s=np.ones(2),
+        work_s=np.array([1.0, 0.5]),
         remaining_s=np.array([1.0, 0.5]),
         prompt_tokens=np.full(2, 100),
         missing_tokens=np.full(2, 100),

@@ -4,9 +4,11 @@ The suite runs a mesh for each axis, and some of all; `pytest -m sweep` runs eve
 eight ranks whose degrees divide the tiny models, with more examples.
 """
 
+import io
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +30,7 @@ from plans.errors import Refused
 from plans.mesh import Parallelism
 from plans.plan import Plan
 from runtime.clock import WallClock
+from runtime.decisions import DecisionLog, read_log, replay
 from runtime.engine import Engine
 from runtime.executor.base import Step, StepResult
 from runtime.parallel.table import step_groups
@@ -105,6 +108,12 @@ def test_any_legal_schedule_gives_the_tokens_of_one_process(pool_and_examples, f
     check()
 
 
+def test_a_run_may_start_while_ranks_that_had_nothing_to_do_are_still_behind(pool):
+    """The driver waits for tokens alone; a group without work learns of the end later."""
+    for seed in range(8):
+        any_schedule(pool, "llama", seed, [(1, 1)])
+
+
 class Watcher:
     """Observer that cancels and counts."""
 
@@ -112,7 +121,7 @@ class Watcher:
         self.to_cancel: int | None = None
         self.most_in_flight = 0
         self.groups: set[frozenset[int]] = set()
-        self._plan = plan
+        self.plan = plan
         self._cancels = cancels
         self._flying: set[int] = set()
 
@@ -122,7 +131,7 @@ class Watcher:
     def submitted(self, step: Step, now_s: float) -> None:
         self._flying.add(step.step_id)
         self.most_in_flight = max(self.most_in_flight, len(self._flying))
-        self.groups.add(step_groups(self._plan, step))
+        self.groups.add(step_groups(self.plan, step))
         if step.step_id in self._cancels:
             self.to_cancel = self._cancels[step.step_id]
 
@@ -141,14 +150,19 @@ def serve(
     spare_pages: int = 64,
     cancels: dict[int, int] | None = None,
     policy: str = "lars",
+    log: Path | None = None,
 ) -> tuple[list[list[int]], list[Record], Watcher]:
-    """Serves greedy requests by the engine; answers by request, and what happened."""
+    """Serves greedy requests by the engine; answers by request, and what happened.
+
+    log  file for the decision log
+    """
     plan = pool.plans[family]
     pages = plan.kv.tokens_per_kvp_shard // plan.kv.page_tokens + spare_pages
     plan = with_pages(plan, pages)
     executor = pool.executor(family, plan)
     watcher = Watcher(plan, cancels or {})
     answers: list[list[int]] = [[] for _ in works]
+    decisions = io.BytesIO()
     engine = Engine(
         plan,
         executor,
@@ -156,6 +170,7 @@ def serve(
         load_policy(policy, plan.scheduler),
         on_token=lambda number, token: answers[number].append(token),
         observer=watcher,
+        log=DecisionLog(decisions, plan, policy, learn=True),
         learn=True,
     )
     for number, (tokens, new) in enumerate(works):
@@ -166,6 +181,8 @@ def serve(
             engine.cancel(watcher.to_cancel)
             watcher.to_cancel = None
     engine.book.check_integrity()
+    if log is not None:
+        log.write_bytes(decisions.getvalue())
     return answers, engine.records, watcher
 
 
@@ -178,13 +195,20 @@ MIXED = [(20, 60), (200, 12), (9, 55), (90, 10), (30, 60), (160, 15), (12, 58), 
 """Short prompts whose answers outgrow any pool that holds one long request, and long prompts."""
 
 
-def test_the_engine_preempts_recomputes_and_cancels_without_changing_a_token(pool_and_examples):
-    """A pool of little more than one request: the rest is taken from each other."""
+def test_the_engine_preempts_recomputes_and_cancels_without_changing_a_token(
+    pool_and_examples, tmp_path
+):
+    """A pool of little more than one request: the rest is taken from each other.
+
+    What was decided in real time is then decided again from the log, without a rank.
+    """
     pool, examples = pool_and_examples
     if examples == FEW and pool.workers.plan.parallelism.tp == 4:
         pytest.skip("four ranks that add up after each product are slow here; the sweep runs them")
-    family = "qwen3"
-    answers, records, watcher = serve(pool, family, MIXED, spare_pages=1, cancels={9: 2, 17: 5})
+    family, log = "qwen3", tmp_path / "decisions.jsonl"
+    answers, records, watcher = serve(
+        pool, family, MIXED, spare_pages=1, cancels={9: 2, 17: 5}, log=log
+    )
     assert len(records) == len(MIXED)
     assert sum(record.evictions for record in records) > 0
     reasons = {record.request.number: record.reason for record in records}
@@ -193,6 +217,10 @@ def test_the_engine_preempts_recomputes_and_cancels_without_changing_a_token(poo
         if reasons[number] == "length":
             assert len(answers[number]) == new
     assert_all_greedy(family, MIXED, answers)
+    replayed = replay(watcher.plan, read_log(log))
+    assert [(each.request.number, each.reason) for each in replayed.records] == [
+        (each.request.number, each.reason) for each in records
+    ]
     mesh = pool.workers.plan.parallelism
     if mesh.kvp > 1:
         assert any(len(groups) > 1 for groups in watcher.groups), "no request grew over groups"
@@ -200,16 +228,21 @@ def test_the_engine_preempts_recomputes_and_cancels_without_changing_a_token(poo
         assert watcher.most_in_flight > 1, "the stages were never busy at once"
 
 
-def test_decodes_grow_over_every_shard_up_to_the_context_limit(pool):
-    """An answer that starts in the first shard and ends with the context."""
-    kvp = pool.workers.plan.parallelism.kvp
-    if kvp == 1:
+def test_decodes_grow_over_every_shard_edge_and_up_to_the_context_limit(pool):
+    plan = pool.workers.plan
+    if plan.parallelism.kvp == 1:
         pytest.skip("one group holds everything")
-    works = [(5, CONTEXT - 5)]
-    answers, records, watcher = serve(pool, "llama", works)
+    shard = plan.kv.tokens_per_kvp_shard
+    for edge in range(shard, CONTEXT, shard):
+        works = [(edge - 3, 7)]
+        answers, _, watcher = serve(pool, "llama", works)
+        assert_all_greedy("llama", works, answers)
+        shards = edge // shard
+        assert {shards, shards + 1} <= {len(groups) for groups in watcher.groups}
+    works = [(CONTEXT - 6, 6)]
+    answers, records, _ = serve(pool, "llama", works)
     assert records[0].reason == "length"
     assert_all_greedy("llama", works, answers)
-    assert {len(groups) for groups in watcher.groups} == set(range(1, kvp + 1))
 
 
 def test_a_request_longer_than_the_context_is_refused_before_a_rank_hears_of_it(pool):

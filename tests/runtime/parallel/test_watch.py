@@ -9,7 +9,7 @@ from plans.mesh import Parallelism
 from runtime.parallel import wire
 from runtime.parallel.control import GRACE_S, LOOK_S
 from runtime.parallel.inbox import BEAT_S
-from runtime.parallel.progress import COMPILES, COMPUTES, IDLE, WAITS
+from runtime.parallel.progress import COMPILES, COMPUTES, IDLE, LOADS, WAITS
 from runtime.parallel.watch import SILENT_S, STALL_S, Watch
 
 PLAN = make_plan(parallelism=Parallelism(spp=3))
@@ -66,6 +66,15 @@ def test_a_rank_without_beats_is_silent():
     watch = Watch(PLAN, {}, 0.0)
     assert run(watch, 2.0, {0: IDLE, 1: IDLE, 2: IDLE}, moving=True) is None
     problem = run(watch, 5.0, {0: COMPUTES, 2: IDLE}, moving=True, start_s=2.0)
+    assert problem is not None
+    assert problem.startswith("rank 1 sent no sign of life")
+
+
+def test_a_rank_that_loads_may_be_silent_for_longer():
+    watch = Watch(PLAN, {}, 0.0)
+    assert run(watch, 2.0, dict.fromkeys(range(3), LOADS), moving=True) is None
+    assert run(watch, 30.0, {0: IDLE, 2: IDLE}, moving=True, start_s=2.0) is None
+    problem = run(watch, 60.0, {0: IDLE, 2: IDLE}, moving=True, start_s=32.0)
     assert problem is not None
     assert problem.startswith("rank 1 sent no sign of life")
 
