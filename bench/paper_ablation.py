@@ -26,6 +26,7 @@ from runtime.scheduler.policy import LEAST_S, Policy, Prefills, Ranked, slack_s
 
 HEAD = (
     "variant",
+    "requests/s, arrivals",
     "seed (load)",
     "short TTFT P50 / P90 / P99, s",
     "long TTFT P50 / P90, s",
@@ -145,6 +146,7 @@ def run(  # noqa: PLR0917 (typer reads one parameter a flag)
     qps: float = 0.75,
     window: float = 1200.0,
     seeds: int = 2,
+    only: Annotated[list[str] | None, typer.Option(help="Variants; all by default.")] = None,
     traces: Path = TRACES,
     commit: str | None = None,
 ) -> None:
@@ -154,7 +156,7 @@ def run(  # noqa: PLR0917 (typer reads one parameter a flag)
     for seed in range(seeds):
         for name, plan, policy in variants(base):
             case = Case(protocol="fair", mix=5, qps=qps, policy=name, seed=seed, window_s=window)
-            if case in known:
+            if case in known or (only and name not in only):
                 continue
             scheduling = Scheduling(name=name, policy=policy, chunk_tokens=None)
             outcome, _ = run_case(plan, case, traces, scheduling=scheduling)
@@ -176,10 +178,9 @@ def table(
     """Writes the variants in the order in which they ran."""
     rows = read([runs])
     first = rows[0]
-    about = f"""8B on 16 A100 at TP8 x SPP2, 5 % mix, {first.case.qps:g} requests/s, arrivals of
-{first.case.window_s:g} s, fair protocol as in `bench/paper_run.py`; virtual time, no GPU. Run on
-{first.origin.date}, code {first.origin.commit}, Python {first.origin.python}, numpy
-{first.origin.numpy}; plan {first.origin.plan_hash[:12]} where the variant does not change it.
+    about = f"""8B on 16 A100 at TP8 x SPP2, 5 % mix, fair protocol as in `bench/paper_run.py`,
+virtual time, no GPU. Run on {first.origin.date}, code {first.origin.commit}, Python
+{first.origin.python}, numpy {first.origin.numpy}; plan {first.origin.plan_hash[:12]} where the variant does not change it.
 Command: `python -m bench.paper_ablation run`. Load is predicted lone prefill seconds a second."""
     lines = [
         "# One change at a time, simulated",
@@ -193,6 +194,7 @@ Command: `python -m bench.paper_ablation run`. Load is predicted lone prefill se
         times = [row[f"short_ttft_{figure}"] for figure in ("p50", "p90", "p99")]
         cells = [
             row.case.policy,
+            f"{row.case.qps:g}, {row.case.window_s:g} s",
             f"{row.case.seed} ({row['load']:.2f})",
             " / ".join(f"{each:.3g}" for each in times),
             f"{row['long_ttft_p50']:.3g} / {row['long_ttft_p90']:.3g}",

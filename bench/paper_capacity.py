@@ -12,7 +12,7 @@ STEP = 1.05
 """Rates that are told apart: neighbours on a grid of powers of this."""
 LEAST, MOST = -80, 45
 """Powers of STEP between which the rate is sought: 0.02 to 9 requests/s."""
-PROBES = 5
+PROBES = 3
 """Rates from which on probes that are all enough are a search, not a grid."""
 
 

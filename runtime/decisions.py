@@ -222,8 +222,7 @@ class _Replay:
             case Arrived():
                 self.engine.admit(line.request, line.at_s)
             case Cancelled():
-                self._script.at_s = line.at_s
-                self.engine.cancel(line.request)
+                self.engine.forget(line.request, line.at_s)
             case Packed():
                 self._pack(line)
             case Collected():

@@ -27,7 +27,7 @@ OnToken = Callable[[int, int], str | None]
 
 
 LEARNING_RATE = 0.1
-"""Weight of the newest step in the correction: about ten steps of memory."""
+"""Weight of the newest step in the overrun: about ten steps of memory."""
 
 
 class Observer(Protocol):
@@ -126,17 +126,23 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Ends a request in whatever state it is; does nothing where it has ended already."""
-        if number in self.book.sequences:
-            now_s = self._clock.now_s()
-            if self._log is not None:
-                self._log.cancelled(number, now_s)
-            self._end(self.book.sequences[number], "cancelled", now_s)
+        early = [entry for entry in self._arrivals if entry[1] == number]
+        if not early and number not in self.book.sequences:
             return
-        for entry in self._arrivals:
-            if entry[1] == number:
-                self._arrivals.remove(entry)
-                heapq.heapify(self._arrivals)
-                return
+        now_s = self._clock.now_s()
+        if self._log is not None:
+            self._log.cancelled(number, now_s)
+        for entry in early:
+            self._arrivals.remove(entry)
+            heapq.heapify(self._arrivals)
+        self.forget(number, now_s)
+
+    def forget(self, number: int, now_s: float) -> None:
+        """Ends a request that was cancelled, whether it has arrived or not."""
+        if number in self.book.sequences:
+            self._end(self.book.sequences[number], "cancelled", now_s)
+        else:
+            self.book.ended.append(number)  # an executor may hold its prompt already
 
     def run(self, until_s: float | None = None) -> None:
         """Serves until nothing is left, or the clock passes until_s.
@@ -291,9 +297,11 @@ class Engine:
             self._observer.ended(record, now_s)
 
     def _learn_from(self, result: StepResult) -> None:
-        """Moves the correction a little towards measured over predicted."""
-        predicted_s = self._packer.predicted_s(result.step)
-        if predicted_s > 0:
-            ratio = sum(result.stage_s) / predicted_s
-            step = LEARNING_RATE * (ratio - self._packer.correction)
-            self._packer.correction = min(max(self._packer.correction + step, 0.1), 10.0)
+        """Moves the overrun a little towards what the step took beyond the formula.
+
+        It is a sum and not a factor: what a real step has and the formula lacks is host time, much
+        the same for one decode as for a large chunk. A factor learnt from short decode steps would
+        shrink every chunk after them, and each of those would take as long all the same.
+        """
+        beyond_s = sum(result.stage_s) - self._packer.predicted_s(result.step)
+        self._packer.overrun_s += LEARNING_RATE * (beyond_s - self._packer.overrun_s)

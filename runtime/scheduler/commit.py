@@ -24,7 +24,7 @@ class StepMaker:
         )
 
     def predicted_s(self, step: Step) -> float:
-        """The formula's seconds of a step, summed over stages, without correction or margin."""
+        """The formula's seconds of a step, summed over stages, without overrun or margin."""
         loads = self.empty()
         loads.add_step(step)
         return loads.seconds()

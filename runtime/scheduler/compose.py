@@ -16,15 +16,15 @@ class Composer(Protocol):
     with nothing in flight and somebody there, `pack` gives a step.
     """
 
-    correction: float
-    """Measured over predicted step time, learnt by the engine; 1 at the start."""
+    overrun_s: float
+    """Seconds that a step takes beyond the formula, learnt by the engine; 0 at the start."""
 
     def pack(self, now_s: float) -> Step | None:
         """The next step, with pages taken and cursors moved; None where nothing can run now."""
         ...
 
     def predicted_s(self, step: Step) -> float:
-        """The formula's seconds of a step, summed over stages, without correction or margin."""
+        """The formula's seconds of a step, summed over stages, without overrun or margin."""
         ...
 
 

@@ -72,8 +72,8 @@ class Packer:
         self._maker = StepMaker(book)
         self._starts = 0
         """Fresh prompts that may still start in the step under construction."""
-        self.correction = 1.0
-        """Measured over predicted step time, learnt by the engine."""
+        self.overrun_s = 0.0
+        """Seconds that a step takes beyond the formula, learnt by the engine."""
 
     def pack(self, now_s: float) -> Step | None:
         """The next step, with pages taken and cursors moved; None where nothing can run now."""
@@ -99,7 +99,7 @@ class Packer:
         return self._maker.make(numbers, [(each.sequence, each.tokens) for each in draft.placed])
 
     def predicted_s(self, step: Step) -> float:
-        """The formula's seconds of a step, summed over stages, without correction or margin."""
+        """The formula's seconds of a step, summed over stages, without overrun or margin."""
         return self._maker.predicted_s(step)
 
     def _grow_decodes(self) -> set[int]:
@@ -138,7 +138,9 @@ class Packer:
             slack = (running["last_token_s"] + running["tbt_s"]).min() - now_s
             # a token that is late already does not stop all prefill
             budget_s = min(float(limit), max(float(slack), 0.5 * config.step_budget_s))
-        return budget_s / ((1.0 + self._plan.step_time.margin) * self.correction)
+        # a host that takes more than half of the budget is not made faster by smaller chunks
+        budget_s = max(budget_s - max(self.overrun_s, 0.0), 0.5 * budget_s)
+        return budget_s / (1.0 + self._plan.step_time.margin)
 
     def _prefills(self, draft: Draft, now_s: float) -> None:
         """Places chunks in rank order."""
@@ -197,8 +199,20 @@ class Packer:
             self._yield(draft, queue, index, candidate, limit_s)
             if self._place(draft, candidate, limit_s, least=least):
                 least = False
-        for candidate in waiting_longs:  # only time that nobody else could use
-            if not self._full(draft, limit_s):
+        if waiting_longs:
+            self._place_longs(draft, waiting_longs, limit_s)
+
+    def _place_longs(self, draft: Draft, longs: list[Candidate], limit_s: float) -> None:
+        """Gives further long prefills the time that nobody else could use; most often none."""
+        shortest = min(longs, key=lambda each: each.prefix)
+        sequence, least = self._book.sequences[shortest.number], self._config.min_chunk_tokens
+        room = draft.loads.largest_chunk(sequence.home, shortest.prefix, limit_s, least)
+        if room < least and shortest.missing >= least:
+            draft.hopeless = limit_s, shortest.prefix
+        for candidate in longs:
+            if self._full(draft, limit_s):
+                return
+            if not self._hopeless(draft, candidate, limit_s):
                 self._place(draft, candidate, limit_s, least=False)
 
     def _yield(
@@ -260,7 +274,11 @@ class Packer:
         if floor <= 0 or tokens < floor:
             draft.misses += 1
             if floor == config.min_chunk_tokens:
-                draft.hopeless = limit_s, prefix
+                limit_then_s, shortest = draft.hopeless
+                draft.hopeless = (
+                    limit_s,
+                    min(prefix, shortest) if limit_s <= limit_then_s else prefix,
+                )
             return False
         tokens = self._with_pages(draft, sequence, tokens, floor)
         if tokens <= 0:

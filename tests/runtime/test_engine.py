@@ -3,14 +3,18 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runtime_audit import Run
+from runtime_audit import Audit, Run
 from strategies_runtime import SPECS, requests, sim_plan, sim_plans
 
 from plans.check import check_plan
 from plans.errors import Refused
 from plans.plan import Plan
+from runtime.clock import VirtualClock
+from runtime.engine import Engine
+from runtime.executor.base import Step
+from runtime.executor.simulated import SimulatedExecutor
 from runtime.request import Request
-from runtime.scheduler import POLICIES
+from runtime.scheduler import POLICIES, load_policy
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
@@ -113,3 +117,35 @@ def test_an_evicted_request_is_recomputed_and_never_exceeds_max_tokens() -> None
     assert sum(record.evictions for record in records) > 0, "the pool was meant to be too small"
     assert all(record.generated == 300 for record in records)
     assert sum(record.recomputed_tokens for record in records) > 0
+
+
+class SlowHost(SimulatedExecutor):
+    """Every step takes a constant time beyond the formula, as launches from Python do."""
+
+    host_s = 0.05
+
+    def _stages_s(self, step: Step) -> tuple[float, ...]:
+        return tuple(seconds + self.host_s for seconds in super()._stages_s(step))
+
+
+def test_host_time_learnt_from_decodes_does_not_shrink_the_chunks_of_later_prompts() -> None:
+    plan, clock = sim_plan(), VirtualClock()
+    audit = Audit(plan)
+    engine = Engine(
+        plan,
+        SlowHost(plan, clock),
+        clock,
+        load_policy("lars", plan.scheduler),
+        observer=audit,
+        learn=True,
+    )
+    for number in range(2):
+        engine.add(
+            Request(number=number, arrival_s=100.0 * number, prompt_tokens=1000, max_tokens=24)
+        )
+    engine.run()
+    chunks = [
+        sum(chunk.request == number for step in audit.steps for chunk in step.chunks)
+        for number in range(2)
+    ]
+    assert chunks[1] <= 2 * chunks[0] + 1  # half of the budget is always left for work

@@ -45,7 +45,7 @@ class EngineSteps(ABC):
         self.most_sequences = book.plan.limits.sequences
         self.admitted: list[int] = []
         """Requests that hold pages, in the order of their admission."""
-        self.correction = 1.0
+        self.overrun_s = 0.0
         self._maker = StepMaker(book)
 
     def pack(self, now_s: float) -> Step | None:
@@ -60,7 +60,7 @@ class EngineSteps(ABC):
         return self._maker.make(np.array(sorted(draft.decodes), dtype=np.int64), draft.chunks)
 
     def predicted_s(self, step: Step) -> float:
-        """The formula's seconds of a step, summed over stages, without correction or margin."""
+        """The formula's seconds of a step, summed over stages, without overrun or margin."""
         return self._maker.predicted_s(step)
 
     @abstractmethod
