@@ -180,8 +180,9 @@ def table(
     first = rows[0]
     about = f"""8B on 16 A100 at TP8 x SPP2, 5 % mix, fair protocol as in `bench/paper_run.py`,
 virtual time, no GPU. Run on {first.origin.date}, code {first.origin.commit}, Python
-{first.origin.python}, numpy {first.origin.numpy}; plan {first.origin.plan_hash[:12]} where the variant does not change it.
-Command: `python -m bench.paper_ablation run`. Load is predicted lone prefill seconds a second."""
+{first.origin.python}, numpy {first.origin.numpy}; plan {first.origin.plan_hash[:12]} where the
+variant does not change it. Command: `python -m bench.paper_ablation run`. Load is predicted lone
+prefill seconds a second."""
     lines = [
         "# One change at a time, simulated",
         "",

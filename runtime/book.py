@@ -66,6 +66,8 @@ class Book:
         """Steps submitted."""
         self.served_tokens = 0
         """Prefill tokens submitted."""
+        self.holders: dict[int, Sequence] = {}
+        """Requests that hold pages."""
         self.new_pages: list[NewPages] = []
         self.evicted: list[int] = []
         self.ended: list[int] = []
@@ -137,6 +139,7 @@ class Book:
         """Takes the pages that hold tokens up to `end` and announces them to the executor."""
         pages = self.pools.grow(sequence, end)
         if pages:
+            self.holders[sequence.number] = sequence
             shard = (end - 1) // self.pools.shard_tokens
             self.new_pages.append(NewPages(request=sequence.number, shard=shard, pages=pages))
 
@@ -194,6 +197,7 @@ class Book:
         self.sync(sequence)
         assert sequence.in_flight == 0, f"request {sequence.number} is in flight"
         self.pools.release(sequence)
+        self.holders.pop(sequence.number, None)
         sequence.prefix_lost += sequence.computed
         sequence.evictions += 1
         sequence.scheduled = sequence.computed = 0
@@ -214,6 +218,7 @@ class Book:
             if number in table:
                 table.remove(number)
         self.pools.release(sequence)
+        self.holders.pop(number, None)
         del self.sequences[number]
         self.new_pages = [each for each in self.new_pages if each.request != number]
         self.ended.append(number)
@@ -227,4 +232,6 @@ class Book:
             assert places == 1 or finishing, f"request {sequence.number} is in {places} places"
             assert 0 <= sequence.computed <= sequence.scheduled <= sequence.length
         assert len(self.waiting) + len(self.running) <= len(self.sequences)
+        holders = {number for number, each in self.sequences.items() if any(each.pages)}
+        assert holders == self.holders.keys(), "holders and page tables disagree"
         self.pools.check_integrity(self.sequences.values())

@@ -6,6 +6,7 @@ steps follow each other as soon as the first stage is free.
 """
 
 import heapq
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -106,10 +107,15 @@ class Engine:
         self._arrivals: list[tuple[float, int, Request]] = []
 
     def add(self, request: Request) -> None:
-        """Takes a request that arrives at its arrival_s, now or later.
+        """Takes a request that arrives at its arrival_s, now or later; its number is new.
 
-        Raises Refused where it can never be served: it is longer than the context limit.
+        Raises Refused where it can never be served: it is longer than the context limit, has no
+        tokens, or a time that is no number.
         """
+        targets = (request.ttft_target_s, request.tbt_target_s)
+        times = [request.arrival_s, *(each for each in targets if each is not None)]
+        if not all(math.isfinite(each) for each in times):
+            raise Refused(f"request {request.number}: times {times} must be finite seconds")
         limit = self._plan.limits.context_tokens
         if request.prompt_tokens < 1 or request.max_tokens < 1:
             raise Refused(
@@ -217,7 +223,7 @@ class Engine:
         self._collect_decodes(result, now_s)
         if self._log is not None:
             self._log.collected(result, self._stops)
-            self._stops = {}
+        self._stops = {}
 
     def _collect_chunk(self, sequence: Sequence, chunk: Chunk, result: StepResult) -> None:
         now_s = result.finished_s

@@ -4,6 +4,8 @@ Two threads, each with a socket of its own: the one that works receives steps an
 other beats. Steps are handed out in step_id order, whatever order they arrive in.
 """
 
+import math
+import multiprocessing
 import os
 import sys
 import threading
@@ -11,7 +13,7 @@ import threading
 import zmq
 
 from runtime.parallel import wire
-from runtime.parallel.progress import COMPILES, COMPUTES, LOADS, Progress
+from runtime.parallel.progress import COMPILES, COMPUTES, DEVICE, LOADS, WAITS, Progress
 
 BEAT_S = 0.5
 LINGER_MS = 1000
@@ -25,6 +27,8 @@ class Inbox:
         """Connects; the driver may come up later."""
         self._context = zmq.Context()
         self._socket = _socket(self._context, address, f"rank-{rank}")
+        self.closing = threading.Event()
+        """Set when the context is about to close: the thread that beats closes its own socket."""
         self._early: dict[int, wire.StepMessage] = {}
         self._next_step = 0
 
@@ -49,7 +53,8 @@ class Inbox:
             if early is not None:
                 self._next_step += 1
                 return early
-            if not self._socket.poll(None if timeout_s is None else round(timeout_s * 1e3)):
+            # up, as a wait of less than a millisecond would be none at all
+            if not self._socket.poll(None if timeout_s is None else math.ceil(timeout_s * 1e3)):
                 return None
             message: wire.FromDriver = wire.decode_from_driver(self._socket.recv())
             if not isinstance(message, wire.StepMessage):
@@ -58,35 +63,41 @@ class Inbox:
 
     def close(self) -> None:
         """Lets what was sent leave, and closes."""
-        self._context.destroy(linger=LINGER_MS)
+        self.closing.set()
+        self._socket.close(linger=LINGER_MS)
+        self._context.term()
 
 
 def start_beats(inbox: Inbox, address: str, rank: int, progress: Progress, parent: int) -> None:
-    """Starts the thread that beats; it ends the process where its parent is gone."""
-    arguments = (inbox.context, address, rank, progress, parent)
+    """Starts the thread that beats; it ends the process where what started it is gone."""
+    arguments = (inbox, address, rank, progress, parent)
     threading.Thread(target=_beat, args=arguments, daemon=True, name="beats").start()
 
 
-def _beat(
-    context: "zmq.Context[zmq.Socket[bytes]]",
-    address: str,
-    rank: int,
-    progress: Progress,
-    parent: int,
-) -> None:
-    socket = _socket(context, address, f"beat-{rank}")
-    wait = threading.Event().wait
-    while True:
-        beat = wire.Beat(rank, progress.step_id, progress.moves, _phase(progress))
+def _beat(inbox: Inbox, address: str, rank: int, progress: Progress, parent: int) -> None:
+    socket = _socket(inbox.context, address, f"beat-{rank}")
+    while not inbox.closing.is_set():
+        beat = wire.Beat(rank, progress.oldest_step, progress.moves, _phase(progress))
         try:
             socket.send(wire.encode(beat), zmq.NOBLOCK)
         except zmq.Again:  # nobody reads: the next one will say the same
             pass
         except zmq.ZMQError:  # the context is closed: the process ends
-            return
-        if os.getppid() != parent:
+            break
+        if _is_orphan(parent):
             os._exit(1)
-        wait(BEAT_S)
+        inbox.closing.wait(BEAT_S)
+    socket.close(linger=0)
+
+
+def _is_orphan(parent: int) -> bool:
+    """Whether the process that wanted this one is gone.
+
+    A child of the driver is forked by a server, which may outlive the driver: what tells is the
+    pipe that multiprocessing keeps between the two. Under torchrun the parent is the launcher.
+    """
+    driver = multiprocessing.parent_process()
+    return os.getppid() != parent or (driver is not None and not driver.is_alive())
 
 
 def _phase(progress: Progress) -> str:
@@ -97,7 +108,9 @@ def _phase(progress: Progress) -> str:
     if progress.loading:
         return LOADS
     if progress.phase != COMPUTES:
-        return progress.phase
+        # with work on the device, waiting for others is what the device does
+        waits_there = progress.unfinished is not None and progress.phase.startswith(WAITS)
+        return DEVICE if waits_there else progress.phase
     frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001 - documented
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("triton.compiler"):

@@ -27,9 +27,10 @@ class Stopwatch:
         return True if isinstance(mark, float) else bool(mark.query())  # type: ignore[no-untyped-call]
 
     def seconds(self, first: Mark, last: Mark) -> float:
-        """Time between two marks that the device is beyond."""
+        """Time between two marks of one stream; waits until the device is beyond the last."""
         if isinstance(first, float) or isinstance(last, float):
             assert isinstance(first, float)
             assert isinstance(last, float)
             return last - first
+        last.synchronize()  # type: ignore[no-untyped-call]  # else elapsed_time may raise
         return float(first.elapsed_time(last)) * 1e-3

@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from msgspec import Struct
@@ -25,7 +26,7 @@ from runtime.parallel.groups import Groups, RankComm, join_groups
 from runtime.parallel.inbox import Inbox, start_beats
 from runtime.parallel.inputs import PackedInputs
 from runtime.parallel.kvp import Exchange, exchange_of
-from runtime.parallel.progress import COMPUTES, IDLE, WAITS, Progress
+from runtime.parallel.progress import COMPUTES, WAITS, Progress
 from runtime.parallel.rank import Rank
 from runtime.parallel.spp import Arrival, HandOver
 from runtime.parallel.stopwatch import Mark, Stopwatch
@@ -38,7 +39,7 @@ CONTROL_KEY = "control"
 """Key of the store under which the driver says where it listens."""
 AHEAD = 2
 """Steps prepared before they run: the next one, and one that may arrive meanwhile."""
-PENDING_POLL_S = 0.0005
+PENDING_POLL_S = 0.001
 """How often a rank looks whether its device has finished, while it has nothing else to do."""
 
 
@@ -240,7 +241,7 @@ class _Stage:
         """Runs steps until the driver wants something else."""
         while True:
             if not self._queue:
-                self._progress.enter(IDLE)
+                self._progress.rest()
             while len(self._queue) < AHEAD:
                 message = self._inbox.receive(timeout_s=self._patience_s())
                 if message is None:
@@ -335,32 +336,39 @@ class _Stage:
             elif rank.place.tp == 0:
                 tokens = rank.draw(out, step.rows)
         ended = self._watch.mark()
-        if not warm_up and rank.place.tp == 0:
+        if not warm_up:
             times = _Times(self._ended, started, ended, self._comm.merge_s)
             self._pending.append((step.step_id, times, tokens))
+            self._progress.unfinished = self._pending[0][0]
             # sampled tokens are on the host, so the device is beyond all that came before them
             self._report(all_of_them=bool(tokens))
         self._ended = ended
 
     def _report(self, *, all_of_them: bool = False) -> None:
-        """Tells of the steps that the device has finished."""
+        """Tells of the steps that the device has finished; only the first tp rank has a say."""
         while self._pending and (all_of_them or self._watch.reached(self._pending[0][1].ended)):
-            step_id, times, tokens = self._pending.popleft()
+            step_id, times, tokens = self._pending[0]
+            waited_s = self._watch.seconds(times.before, times.started)
+            seconds = self._watch.seconds(times.started, times.ended)
+            self._pending.popleft()
+            self._progress.finished(self._pending[0][0] if self._pending else None)
+            if self._rank.place.tp > 0:
+                continue
             self._inbox.send(
                 wire.StageDone(
                     rank=self._number,
                     run=self._run_number,
                     step_id=step_id,
-                    waited_s=self._watch.seconds(times.before, times.started),
-                    seconds=self._watch.seconds(times.started, times.ended),
+                    waited_s=waited_s,
+                    seconds=seconds,
                     merge_s=times.merge_s,
                     tokens=tokens,
                 )
             )
 
 
-def worker_main(setup: Setup) -> None:
-    """Entry of a process that is nothing but a worker."""
+def worker_main(setup: Setup) -> NoReturn:
+    """Does in this process what a worker does, and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it ends its workers
     status = run_worker(setup)
     sys.stdout.flush()

@@ -45,7 +45,7 @@ def _victim(
     """The cheapest junior to recompute, prefills before decodes; and whether some are in flight."""
     best: tuple[bool, float, int] | None = None
     busy = False
-    for sequence in book.sequences.values():
+    for sequence in book.holders.values():
         if sequence.number <= taker.number or not _holds(book, sequence, group):
             continue
         running = sequence.number in book.running

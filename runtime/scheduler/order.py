@@ -1,8 +1,7 @@
 """Candidates in rank order, sorted only as far as they are drawn."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +12,12 @@ BLOCK = 64
 
 def in_order(keys: Array, numbers: Array) -> Iterator[int]:
     """Indices by (key, number), smallest first, by partial selection."""
+    for block in _blocks(keys, numbers):
+        yield from block.tolist()
+
+
+def _blocks(keys: Array, numbers: Array) -> Iterator[Array]:
+    """The same, as arrays of rising length."""
     left = np.arange(len(keys))
     block = BLOCK
     while len(left):
@@ -22,12 +27,11 @@ def in_order(keys: Array, numbers: Array) -> Iterator[int]:
             chosen, left = left[inside], left[~inside]
         else:
             chosen, left = left, left[:0]
-        yield from chosen[np.lexsort((numbers[chosen], keys[chosen]))].tolist()
+        yield chosen[np.lexsort((numbers[chosen], keys[chosen]))]
         block *= 4
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A waiting request with what the policy says of it."""
 
     number: int
@@ -55,7 +59,7 @@ class Queue:
         """Columns of one length, not views; at most `most` candidates are drawn."""
         self._columns = numbers, prefix, missing, long, yields
         self._most = min(most, len(keys))
-        self._order = in_order(keys, numbers)
+        self._order = _blocks(keys, numbers)
         self._drawn: list[Candidate] = []
 
     def __len__(self) -> int:
@@ -70,6 +74,7 @@ class Queue:
         """From a place in the order on."""
         for place in range(first, self._most):
             while len(self._drawn) <= place:
-                row = next(self._order)
-                self._drawn.append(Candidate(*(column[row].item() for column in self._columns)))
+                rows = next(self._order)
+                columns = (column[rows].tolist() for column in self._columns)
+                self._drawn.extend(map(Candidate._make, zip(*columns, strict=True)))
             yield self._drawn[place]

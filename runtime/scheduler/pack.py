@@ -95,8 +95,25 @@ class Packer:
         draft.members.update(numbers.tolist())
         self._prefills(draft, now_s)
         if not len(rows) and not draft.placed:
+            self._oldest(draft)
+        if not len(rows) and not draft.placed:
             return None
         return self._maker.make(numbers, [(each.sequence, each.tokens) for each in draft.placed])
+
+    def _oldest(self, draft: Draft) -> None:
+        """Gives the oldest request with pages its least progress, where nobody else could run.
+
+        Whoever ranks before it may be many, and all of them without a page to be had: they are
+        younger, and only the oldest may always take pages.
+        """
+        waiting = self._book.waiting
+        started = np.flatnonzero(waiting["started"])
+        if len(started):
+            row = started[np.argmin(waiting["number"][started])]
+            columns = ("number", "prefix", "missing_tokens", "long")
+            candidate = Candidate(*(waiting[name][row].item() for name in columns), 0.0)
+            draft.hopeless = NOTHING_FAILED
+            self._place(draft, candidate, draft.budget_s, least=True)
 
     def predicted_s(self, step: Step) -> float:
         """The formula's seconds of a step, summed over stages, without overrun or margin."""
@@ -189,7 +206,9 @@ class Packer:
         if least:
             draft.hopeless = NOTHING_FAILED
         for index, candidate in enumerate(queue):
-            if candidate.number in draft.members or self._hopeless(draft, candidate, limit_s):
+            if candidate.number in draft.members:
+                continue
+            if not least and self._hopeless(draft, candidate, limit_s):
                 continue
             if self._full(draft, limit_s) and not least:
                 return
