@@ -60,7 +60,7 @@ def run(
     with loading():
         from runtime.offline import OfflineRun, read_jobs, result_line, write_results
         from runtime.parallel.launch import check_launch, torchrun_place, torchrun_setup
-        from runtime.parallel.worker import run_worker
+        from runtime.parallel.worker import worker_main
         from runtime.program import load_bundle
         from runtime.scheduler import load_policy
 
@@ -70,7 +70,7 @@ def run(
     place = torchrun_place(os.environ)
     check_launch(plan, place)
     if place is not None and place.rank > 0:
-        raise typer.Exit(run_worker(torchrun_setup(str(bundle), plan, weights, seed, place)))
+        worker_main(torchrun_setup(str(bundle), plan, weights, seed, place))
     scheduling = load_policy(policy or plan.scheduler.policy, plan.scheduler)
     if out is not None:
         check_output("--out", out)

@@ -5,8 +5,9 @@ failure is an error of whoever waits, and then nobody waits for long: all of the
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
+import msgspec
 import torch
 import zmq
 
@@ -18,6 +19,9 @@ from runtime.parallel.watch import Process, Watch
 
 JOIN_S = 120.0
 """How long all ranks may take to start and present themselves."""
+LOAD_S = 3600.0
+"""How long all ranks may take to load: a large checkpoint from a network drive, kernels compiled
+for a new machine. A rank that dies or hangs meanwhile is noticed much earlier, by its beats."""
 LOOK_S = 0.25
 """Longest wait without a look at the workers' health."""
 GRACE_S = 0.5
@@ -43,6 +47,8 @@ class Workers:
         self._runs = 0
         self.failed = False
         """Whether a rank has failed."""
+        self.dropped = 0
+        """Messages that were not of a rank of this replica, or could not be read."""
 
     @property
     def plan(self) -> Plan:
@@ -68,18 +74,23 @@ class Workers:
                 if isinstance(message, wire.Hello):
                     hellos[message.rank] = message
                     self._watch.place(message)
-            if time.monotonic() > until_s:
-                missing = [rank for rank in self._ranks if rank not in hellos]
-                self.failed = True
-                raise MedhaError(f"ranks {missing} did not join within {JOIN_S:g} s")
+            self._in_time(until_s, hellos, f"did not join within {JOIN_S:g} s")
         self._compare(hellos, seed)
         self._broadcast(wire.Welcome())
         ready: set[int] = set()
+        until_s = time.monotonic() + LOAD_S
         while len(ready) < len(self._ranks):
             words = [each for each in self.poll(LOOK_S) if isinstance(each, wire.Ready)]
             ready |= {each.rank for each in words}
+            self._in_time(until_s, ready, f"did not finish loading within {LOAD_S:g} s")
         for rank in ready:
             self._watch.ready(rank)
+
+    def _in_time(self, until_s: float, found: Collection[int], problem: str) -> None:
+        missing = [rank for rank in self._ranks if rank not in found]
+        if missing and time.monotonic() > until_s:
+            self.failed = True
+            raise MedhaError(f"ranks {missing} {problem}")
 
     def _compare(self, hellos: Mapping[int, wire.Hello], seed: int | None) -> None:
         wanted = {
@@ -160,12 +171,29 @@ class Workers:
         wait_ms = max(round(timeout_s * 1e3), 0)
         while self._socket.poll(wait_ms):
             wait_ms = 0
-            _, data = self._socket.recv_multipart()
-            message = wire.decode_from_worker(data)
-            if isinstance(message, wire.Beat):
+            message = self._known(self._socket.recv_multipart())
+            if message is None:
+                self.dropped += 1
+            elif isinstance(message, wire.Beat):
                 self._watch.beat(message, time.monotonic())
             else:
                 found.append(message)
+
+    def _known(self, frames: list[bytes]) -> wire.FromWorker | None:
+        """A message of one of the ranks, under its own name; None for anything else.
+
+        The port may be open to a network, where others may try what listens there.
+        """
+        if len(frames) != 2:
+            return None
+        name, data = frames
+        try:
+            message: wire.FromWorker = wire.decode_from_worker(data)
+        except msgspec.DecodeError:  # and what is no message of ours, a ValidationError
+            return None
+        role = "beat" if isinstance(message, wire.Beat) else "rank"
+        is_its_own = message.rank in self._ranks and name == f"{role}-{message.rank}".encode()
+        return message if is_its_own else None
 
     def _fail(self, problem: str | None, found: list[wire.FromWorker]) -> None:
         """Gathers what else shows, and raises the likeliest cause."""

@@ -63,7 +63,8 @@ class ParallelExecutor:
         self._clock = clock
         self._table = RequestTable()
         self._flying: dict[int, _Flying] = {}
-        self._added: list[wire.Added] = []
+        self._new: dict[int, tuple[Sequence[int], SamplingParams]] = {}
+        """Requests that no step has named yet, so that no rank knows them."""
         self._sampled: list[tuple[int, int]] = []
         self._stage_s = [0.0 for _ in self.stages]
         """Newest time of each stage, for a step whose earlier stage has not yet spoken."""
@@ -71,12 +72,11 @@ class ParallelExecutor:
 
     def add_request(self, number: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
         """Makes a request known, before the first step that holds a piece of it."""
-        self._table.add(number, prompt, sampling)
-        self._added.append(wire.added(number, prompt, sampling))
+        self._new[number] = (prompt, sampling)
 
     def known_requests(self) -> int:
         """Requests added and not ended."""
-        return len(self._table)
+        return len(self._table) + len(self._new)
 
     def can_submit(self) -> bool:
         """Whether stage 0 takes another step, and none would have to wait for its tokens."""
@@ -90,12 +90,11 @@ class ParallelExecutor:
 
     def submit(self, step: Step) -> None:
         """Sends a step to all ranks."""
+        added = self._named_first_by(step)
         self._table.apply(step)
         groups = step_groups(self._plan, step)
-        message = wire.to_message(
-            step, tuple(self._added), tuple(self._sampled), self._table.totals()
-        )
-        self._added, self._sampled = [], []
+        message = wire.to_message(step, tuple(added), tuple(self._sampled), self._table.totals())
+        self._sampled = []
         self._flying[step.step_id] = _Flying(
             step=step,
             samples=bool(len(step.decodes)) or any(chunk.samples for chunk in step.chunks),
@@ -104,6 +103,18 @@ class ParallelExecutor:
         )
         self._workers.send_step(message)
 
+    def _named_first_by(self, step: Step) -> list[wire.Added]:
+        """The requests to make known with a step, now in the table: no prompt travels earlier."""
+        added = []
+        for number in dict.fromkeys((*step.decodes.tolist(), *(c.request for c in step.chunks))):
+            if number in self._new:
+                prompt, sampling = self._new.pop(number)
+                self._table.add(number, prompt, sampling)
+                added.append(wire.added(number, prompt, sampling))
+        for number in step.ended:  # before it ever ran
+            self._new.pop(number, None)
+        return added
+
     def in_flight(self) -> int:
         """Steps submitted and not yet collected."""
         return len(self._flying)
@@ -111,18 +122,20 @@ class ParallelExecutor:
     def wait(self, *, until_s: float | None) -> list[StepResult]:
         """Waits until a step ends, stage 0 takes another one, or until_s; results in order.
 
+        Comes back after LOOK_S in any case, so that the caller may look for other reasons to stop.
         Raises MedhaError where a rank is gone, silent or stuck.
         """
         could_submit = self.can_submit()
+        latest_s = self._clock.now_s() + LOOK_S
+        until_s = latest_s if until_s is None else min(until_s, latest_s)
         while True:
-            left_s = LOOK_S if until_s is None else max(until_s - self._clock.now_s(), 0.0)
+            left_s = max(until_s - self._clock.now_s(), 0.0)
             for message in self._workers.poll(left_s, in_flight=bool(self._flying)):
                 if isinstance(message, wire.StageDone) and message.run == self._run:
                     self._take(message)
             results = self._finished()
             frees = self.can_submit() and not could_submit
-            idle = until_s is None and not self._flying
-            if results or frees or idle or left_s == 0.0:
+            if results or frees or left_s == 0.0:
                 return results
 
     def _take(self, done: wire.StageDone) -> None:

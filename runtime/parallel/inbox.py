@@ -77,7 +77,7 @@ def start_beats(inbox: Inbox, address: str, rank: int, progress: Progress, paren
 def _beat(inbox: Inbox, address: str, rank: int, progress: Progress, parent: int) -> None:
     socket = _socket(inbox.context, address, f"beat-{rank}")
     while not inbox.closing.is_set():
-        beat = wire.Beat(rank, progress.oldest_step, progress.moves, _phase(progress))
+        beat = wire.Beat(rank, progress.oldest_step, progress.moves, phase_of(progress))
         try:
             socket.send(wire.encode(beat), zmq.NOBLOCK)
         except zmq.Again:  # nobody reads: the next one will say the same
@@ -100,7 +100,7 @@ def _is_orphan(parent: int) -> bool:
     return os.getppid() != parent or (driver is not None and not driver.is_alive())
 
 
-def _phase(progress: Progress) -> str:
+def phase_of(progress: Progress) -> str:
     """The phase, told apart from the compiling of a kernel that its step may be the first to need.
 
     Found on the stack of the thread that works: a compiler's hooks would be bound to its version.

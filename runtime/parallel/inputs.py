@@ -126,6 +126,8 @@ def page_pool(plan: Plan, place: Coordinates, device: torch.device) -> PagedCach
     heads = max(model.kv_heads // plan.parallelism.tp, 1)  # more ranks than heads share them
     shape = (kv.pages_per_rank, kv.page_tokens, heads, model.head_dim)
     dtype = TORCH_DTYPE[kv.dtype]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # pieces that loading has left behind; the pool is one large one
     try:
         pairs = [
             (_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(first, end)

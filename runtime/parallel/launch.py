@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ ENDING_S = 5.0
 """How long ending workers may take before they are killed."""
 FAILED_S = 0.5
 """The same where the run has failed: some may wait for others that will never answer."""
+KILLED_S = 5.0
+"""How long to wait for a killed one: a driver that hangs may keep it in the kernel for ever."""
 
 
 class Torchrun(Struct, frozen=True, kw_only=True):
@@ -114,7 +117,7 @@ def running_workers(
     Call in the driver: check_launch has passed, and under torchrun the rank is 0.
     """
     mesh = plan.parallelism
-    store, port = _store(place)
+    store, port = open_store(place)
     attempt = secrets.token_hex(8) if place is None else _attempt(place)
     # what starts on one machine stays on it; torchrun's own address is one that all nodes reach
     alone = place is None or place.local_ranks == place.ranks
@@ -198,11 +201,20 @@ def _attempt(place: Torchrun) -> str:
     return f"medha-{place.attempt}"
 
 
-def _store(place: Torchrun | None) -> tuple[TCPStore, int]:
+def open_store(place: Torchrun | None) -> tuple[TCPStore, int]:
     """The store, hosted by this process where no launcher does, and its port."""
     if place is None:
-        store = TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False)
-        return store, store.port
+        # by itself it would listen on every interface
+        listener = socket.create_server((LOCAL, 0))
+        port: int = listener.getsockname()[1]
+        store = TCPStore(
+            LOCAL,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),  # the store closes it
+        )
+        return store, port
     store = TCPStore(
         place.host,
         place.port,
@@ -241,4 +253,4 @@ def _end(processes: Sequence[BaseProcess], patience_s: float) -> None:
         process.join(max(until_s - time.monotonic(), 0.0))
         if process.exitcode is None:
             process.kill()
-            process.join()
+            process.join(KILLED_S)

@@ -110,7 +110,9 @@ class Rank:
 
     def warm_up_rows(self) -> list[list[Row]]:
         """A chunk and a decode for nobody in every group, on pages that no request holds yet."""
-        tokens = min(WARM_UP_TOKENS, self.plan.kv.page_tokens)
+        kv = self.plan.kv
+        # the decode stays in shard 0: other groups know nothing of it and would not answer
+        tokens = min(WARM_UP_TOKENS, kv.page_tokens, kv.tokens_per_kvp_shard - 1)
         state = State(tokens=[0] * (tokens + 1), prompt_tokens=1, sampling=SamplingParams())
         state.grow(0, (0, self.plan.kv.pages_per_rank - 1))
         return [
@@ -134,9 +136,14 @@ class Rank:
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Turns what torch and Triton raise into an error that says what ran where."""
+        """Turns whatever is raised into an error that says what ran where.
+
+        Triton's errors have no class of their own above them but Exception.
+        """
         try:
             yield
+        except MedhaError:
+            raise
         except torch.OutOfMemoryError as error:
             raise MedhaError(
                 f"{what} ran out of memory on {self.device}: {error}; free the device, or plan "
@@ -144,3 +151,6 @@ class Rank:
             ) from error
         except RuntimeError as error:
             raise MedhaError(f"{what} failed on {self.device}: {error}") from error
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise MedhaError(f"{what} failed on {self.device}: {text}") from error

@@ -3,6 +3,7 @@
 A failure of one ends what it had to do and leaves the others at work.
 """
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from runtime.request import Record, Request
 from runtime.request import Sequence as Live
 from runtime.sampling_params import SamplingParams
 from runtime.scheduler import Scheduling
+
+_LOG = logging.getLogger(__name__)
 
 
 class TokenExecutor(Executor, Protocol):
@@ -82,6 +85,10 @@ class Replica:
                 pass
         except MedhaError as error:
             self.error = error
+        except Exception as error:  # noqa: BLE001 - whatever it is, each request gets its line
+            self.error = MedhaError(f"the engine failed: {type(error).__name__}: {error}")
+            self.error.__cause__ = error
+            _LOG.debug("the engine failed", exc_info=error)
         self.engine.close("failed")  # nothing is left of a run that came to its end
 
     def stop(self) -> None:

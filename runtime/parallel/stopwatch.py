@@ -32,5 +32,5 @@ class Stopwatch:
             assert isinstance(first, float)
             assert isinstance(last, float)
             return last - first
-        last.synchronize()  # type: ignore[no-untyped-call]  # else elapsed_time may raise
+        last.synchronize()  # else elapsed_time may raise
         return float(first.elapsed_time(last)) * 1e-3

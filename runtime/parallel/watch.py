@@ -4,7 +4,9 @@
     silent   no beat for SILENT_S: stopped, swapped out, or its machine is unreachable
     stuck    steps are in flight and it has computed for stall_s without getting on; if every rank
              waits for others, none gets on, and all of them are named. A step may be the first to
-             need a kernel, so its compiler gets more time
+             need a kernel, so its compiler gets more time. Exchanges are work of the devices, so
+             one that hangs leaves others with work that does not end: it is the one whose oldest
+             step is the lowest, and of the same step the one of the earliest stage
 
 Pure but for the processes: the caller brings the messages and the time.
 """
@@ -13,9 +15,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from plans.mesh import coordinates
 from plans.plan import Plan
 from runtime.parallel import wire
-from runtime.parallel.progress import COMPILES, COMPUTES, IDLE, LOADS
+from runtime.parallel.progress import COMPILES, COMPUTES, DEVICE, IDLE, LOADS
 
 SILENT_S = 3.0
 SILENT_LOADING_S = 60.0
@@ -41,6 +44,7 @@ class Process(Protocol):
 
 @dataclass
 class _Rank:
+    stage: int
     seen_s: float
     moved_s: float
     moves: int = -1
@@ -58,12 +62,19 @@ class Watch:
         """All ranks of the replica are well at now_s; they count from 0 in every replica."""
         self._first = replica * plan.parallelism.ranks_per_replica
         self._processes = dict(processes)
+        mesh = plan.parallelism
         self._ranks = {
-            rank: _Rank(now_s, now_s) for rank in range(plan.parallelism.ranks_per_replica)
+            rank: _Rank(coordinates(mesh, rank).stage, now_s, now_s)
+            for rank in range(mesh.ranks_per_replica)
         }
         self._stall_s = max(STALL_S, STALL_STEPS * plan.scheduler.idle_budget_s)
         self._looked_s = now_s
         self._busy_since_s: float | None = None
+        self._compiled_s = now_s
+        """When a rank was last seen to compile, and so to hold others up."""
+        self._first: tuple[int, int] | None = None
+        """Oldest step that a rank is at, and the earliest stage of such ranks."""
+        self._first_since_s = now_s
 
     def place(self, hello: wire.Hello) -> None:
         """Notes where a rank runs."""
@@ -119,19 +130,27 @@ class Watch:
         if self._busy_since_s is None:
             self._busy_since_s = now_s
         busy_s = self._busy_since_s
-        still = {
-            rank: now_s - max(each.moved_s, busy_s) > self._stall_s
-            for rank, each in self._ranks.items()
-        }
         compiling = [each for each in self._ranks.values() if each.phase == COMPILES]
         if any(now_s - max(each.moved_s, busy_s) < COMPILE_S for each in compiling):
+            self._compiled_s = now_s
             return None
-        stuck = [
-            rank
+        from_s = max(busy_s, self._compiled_s)
+        still = {
+            rank: now_s - max(each.moved_s, from_s) > self._stall_s
             for rank, each in self._ranks.items()
-            if still[rank] and each.phase in {COMPUTES, COMPILES}
-        ]
-        if stuck:
+        }
+        busy = {
+            rank: (each.step_id, each.stage)
+            for rank, each in self._ranks.items()
+            if each.phase in {COMPUTES, COMPILES, DEVICE}
+        }
+        # all others may be waiting for the first ones, and these for each other
+        first = min(busy.values(), default=None)
+        if first != self._first:
+            self._first, self._first_since_s = first, now_s
+        stuck = [rank for rank, at in busy.items() if at == first]
+        was_first = now_s - self._first_since_s > self._stall_s
+        if stuck and was_first and all(still[rank] for rank in stuck):
             return f"{self._names(stuck)} got no further for {self._stall_s:g} s: {self._at(stuck)}"
         if all(still.values()):
             everyone = list(self._ranks)

@@ -40,7 +40,8 @@ CONTROL_KEY = "control"
 AHEAD = 2
 """Steps prepared before they run: the next one, and one that may arrive meanwhile."""
 PENDING_POLL_S = 0.001
-"""How often a rank looks whether its device has finished, while it has nothing else to do."""
+"""How often a rank looks whether its device has finished, while it has nothing else to do; a wait
+for messages can be no shorter."""
 
 
 class Setup(Struct, frozen=True, kw_only=True):

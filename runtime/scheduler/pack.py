@@ -70,6 +70,8 @@ class Packer:
         self._config = book.plan.scheduler
         self._scheduling = scheduling
         self._maker = StepMaker(book)
+        self._reserved: dict[int, tuple[int, int]] = {}
+        """By group: the oldest request that found no pages, and how many it waits for."""
         self._starts = 0
         """Fresh prompts that may still start in the step under construction."""
         self.overrun_s = 0.0
@@ -101,17 +103,23 @@ class Packer:
         return self._maker.make(numbers, [(each.sequence, each.tokens) for each in draft.placed])
 
     def _oldest(self, draft: Draft) -> None:
-        """Gives the oldest request with pages its least progress, where nobody else could run.
+        """Gives the oldest request that has pages, or waits for some, its least progress.
 
-        Whoever ranks before it may be many, and all of them without a page to be had: they are
-        younger, and only the oldest may always take pages.
+        For where nobody else could run: whoever ranks before it may be many, and all of them
+        without a page to be had, since they are younger.
         """
         waiting = self._book.waiting
-        started = np.flatnonzero(waiting["started"])
-        if len(started):
-            row = started[np.argmin(waiting["number"][started])]
-            columns = ("number", "prefix", "missing_tokens", "long")
-            candidate = Candidate(*(waiting[name][row].item() for name in columns), 0.0)
+        old = waiting["number"][waiting["started"]].tolist()
+        old += [number for number, _ in self._reserved.values() if number in waiting]
+        if old:
+            row = waiting.row(min(old))
+            candidate = Candidate(
+                number=int(waiting["number"][row]),
+                prefix=int(waiting["prefix"][row]),
+                missing=int(waiting["missing_tokens"][row]),
+                long=bool(waiting["long"][row]),
+                share=0.0,
+            )
             draft.hopeless = NOTHING_FAILED
             self._place(draft, candidate, draft.budget_s, least=True)
 
@@ -282,7 +290,7 @@ class Packer:
             draft.misses += 1
             return False
         if fresh and not sequence.pages:
-            sequence.home = self._home(draft)
+            sequence.home = self._home(draft, sequence)
         prefix = sequence.scheduled
         most = self._most(sequence, draft.loads.tokens(sequence.home, prefix))
         floor = min(config.min_chunk_tokens, sequence.missing, most)
@@ -350,24 +358,47 @@ class Packer:
         prefix = sequence.scheduled
         group = pools.newest_group(sequence.home, prefix)
         running = len(book.running)
-        headroom = min(running, 1 + pools.pages // 50)  # decodes grow soon
-        free = max(pools.free_pages(group) - headroom, 0)
-        if (
-            not sequence.pages
-            and free < self._start_pages(sequence)
-            and running + len(draft.placed)
-        ):
-            return 0
-        room = pools.room_tokens(sequence, prefix, free)
+        free = pools.free_pages(group)
+        if self._reserved.get(group, (-1, 0))[0] != sequence.number:
+            free -= min(running, 1 + pools.pages // 50)  # decodes grow soon
+        if not sequence.pages:
+            kept = self._reserved_pages(group, sequence)
+            free -= kept
+            start = self._start_pages(sequence)
+            if free < start and (kept or running + len(draft.placed)):
+                self._reserve(group, sequence, start)
+                return 0
+        room = pools.room_tokens(sequence, prefix, max(free, 0))
         if room < floor:
             needed = pools.missing_pages(sequence, prefix + floor)
             keep = draft.members
             if make_room(book, sequence, group, needed, keep=keep, decodes=False) is not Room.YES:
+                self._reserve(group, sequence, needed)
                 return 0
             room = floor
+        if self._reserved.get(group, (-1, 0))[0] == sequence.number:
+            del self._reserved[group]
         tokens = min(tokens, room)
         book.grow(sequence, prefix + tokens)
         return tokens
+
+    def _reserve(self, group: int, sequence: Sequence, pages: int) -> None:
+        """Keeps pages for the oldest request that found none: no younger one starts before it has.
+
+        Else a stream of short prompts takes every page that comes free, and a long one never starts
+        or grows although it may rank first.
+        """
+        number, _ = self._reserved.get(group, (sequence.number, 0))
+        if sequence.number <= number:
+            self._reserved[group] = sequence.number, pages
+
+    def _reserved_pages(self, group: int, sequence: Sequence) -> int:
+        """Pages that are kept for a request older than this one."""
+        number, pages = self._reserved.get(group, (sequence.number, 0))
+        if number not in self._book.waiting:
+            self._reserved.pop(group, None)
+            return 0
+        return pages if number < sequence.number else 0
 
     def _start_pages(self, sequence: Sequence) -> int:
         """Free pages without which a prompt does not start: all of a short one, some of a long one.
@@ -379,11 +410,14 @@ class Packer:
         tokens = min(sequence.length, enough, pools.shard_tokens)
         return min(-(-tokens // pools.page_tokens), pools.pages)
 
-    def _home(self, draft: Draft) -> int:
+    def _home(self, draft: Draft, sequence: Sequence) -> int:
         """Group with the least predicted pending seconds, by live state."""
         groups = self._plan.parallelism.kvp
         if groups == 1:
             return 0
+        for group, (number, _) in self._reserved.items():
+            if number == sequence.number:
+                return group
         waiting = self._book.waiting
         started = waiting["started"]
         pending = np.bincount(

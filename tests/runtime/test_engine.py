@@ -149,3 +149,41 @@ def test_host_time_learnt_from_decodes_does_not_shrink_the_chunks_of_later_promp
         for number in range(2)
     ]
     assert chunks[1] <= 2 * chunks[0] + 1  # half of the budget is always left for work
+
+
+@pytest.mark.parametrize("policy", ["lars", "fcfs", "srpt"])
+def test_a_long_prompt_starts_although_short_ones_keep_taking_the_pages(policy: str) -> None:
+    run = Run(sim_plan(spare_pages=0), policy)
+    run.engine.add(Request(number=0, arrival_s=0.0, prompt_tokens=500, max_tokens=60))
+    run.engine.add(Request(number=1, arrival_s=0.02, prompt_tokens=1000, max_tokens=2))
+    for number in range(2, 400):  # a short one holds its pages longer than the next one waits
+        run.engine.add(
+            Request(number=number, arrival_s=0.01 * number, prompt_tokens=100, max_tokens=60)
+        )
+    run.drain()
+    first = {each.request.number: each.first_token_s for each in run.engine.records}
+    if policy != "srpt":  # shortest first lets it wait for compute; pages are not the reason
+        assert first[1] < first[200], "starts only when the stream ends"
+
+
+def test_many_prompts_that_cannot_have_pages_do_not_hide_the_one_that_can_run() -> None:
+    run = Run(sim_plan(spare_pages=0, sequences=512), "lars")
+    run.engine.add(
+        Request(number=0, arrival_s=0.0, prompt_tokens=1000, max_tokens=2, ttft_target_s=50.0)
+    )
+    for number in range(1, 300):
+        run.engine.add(
+            Request(
+                number=number, arrival_s=0.015, prompt_tokens=100, max_tokens=3, ttft_target_s=3.0
+            )
+        )
+    run.drain()
+    assert len(run.engine.records) == 300
+
+
+@pytest.mark.parametrize("field", ["arrival_s", "ttft_target_s", "tbt_target_s"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_times_that_are_no_numbers_are_refused(field: str, value: float) -> None:
+    times = {"arrival_s": 0.0, field: value}
+    with pytest.raises(Refused, match="finite"):
+        Run(sim_plan()).engine.add(Request(number=0, prompt_tokens=1, max_tokens=1, **times))

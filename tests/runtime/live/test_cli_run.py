@@ -232,3 +232,16 @@ def test_an_interrupted_run_writes_nothing_and_ends_with_130(run, tmp_path, monk
     assert status == 130
     assert "no results were written" in err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_whatever_breaks_a_run_every_request_has_its_line_and_nobody_sees_a_traceback(
+    run, monkeypatch
+):
+    def breaks(self: LiveExecutor, step: object) -> None:
+        raise KeyError("no such row")
+
+    monkeypatch.setattr(LiveExecutor, "submit", breaks)
+    status, out, err = run({"token_ids": [1]}, {"token_ids": [2], "arrival_s": 100.0})
+    assert status == 1
+    assert [result.finish_reason for result in results_of(out)] == ["failed", "failed"]
+    assert err == "2 of 2 requests failed: the engine failed: KeyError: 'no such row'\n"

@@ -1,10 +1,12 @@
 """The executor over many ranks, with ranks that the test speaks for."""
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -18,8 +20,10 @@ from runtime.clock import WallClock
 from runtime.executor.base import Chunk, Step
 from runtime.parallel import wire
 from runtime.parallel.executor import ParallelExecutor
-from runtime.parallel.inbox import Inbox
+from runtime.parallel.inbox import Inbox, start_beats
+from runtime.parallel.progress import Progress
 from runtime.parallel.table import RequestTable, step_groups
+from runtime.parallel.worker import PENDING_POLL_S
 from runtime.sampling_params import SamplingParams
 
 
@@ -144,6 +148,36 @@ def test_sampled_tokens_go_out_with_the_next_step_and_to_every_rank():
     assert second.totals.tokens == 5
 
 
+def test_a_prompt_travels_with_the_step_that_first_names_its_request():
+    executor, workers = executor_of(plan_of(spp=3))
+    for number in range(3):
+        executor.add_request(number, [1, 2, 3, 4], SamplingParams())
+    assert executor.known_requests() == 3
+    executor.submit(chunk_step(0, samples=True))
+    executor.submit(msgspec.structs.replace(chunk_step(1), ended=(2,)))  # it never ran
+    [first, second] = workers.sent
+    assert [each.number for each in first.added] == [0]
+    assert (first.totals.requests, first.totals.tokens) == (1, 4)
+    assert second.added == ()
+    assert executor.known_requests() == 2
+    step = msgspec.structs.replace(
+        chunk_step(2), chunks=(Chunk(request=1, tokens=2, prefix=0, home=0, samples=False),)
+    )
+    workers.words = [done(plan_of(spp=3), 0, 0)]
+    executor.wait(until_s=None)
+    executor.submit(step)
+    assert [each.number for each in workers.sent[-1].added] == [1]
+
+
+def test_a_wait_without_any_word_comes_back_so_that_others_can_end_it():
+    executor, _ = executor_of(plan_of(spp=2))
+    far_s = WallClock().now_s() + 1e6
+    assert executor.wait(until_s=far_s) == []
+    executor.submit(chunk_step(0))
+    assert executor.wait(until_s=None) == []
+    assert executor.in_flight() == 1
+
+
 @given(seed=st.integers(0, 2**31), spp=st.integers(1, 3), kvp=st.integers(1, 3))
 def test_whatever_the_order_of_words_results_come_in_step_order_and_complete(seed, spp, kvp):
     plan, draw = plan_of(spp=spp, kvp=kvp), random.Random(seed)
@@ -224,4 +258,38 @@ def test_steps_are_taken_in_their_order_whatever_order_they_arrive_in(seed):
     assert [each.step_id for each in taken] == sorted(order)
     assert inbox.receive(timeout_s=0.0) is None
     inbox.close()
+    context.destroy(linger=0)
+
+
+def test_a_wait_of_less_than_a_millisecond_is_no_busy_loop(monkeypatch: pytest.MonkeyPatch):
+    waits: list[int | None] = []
+
+    def poll(self: Any, timeout: int | None = None) -> int:
+        waits.append(timeout)
+        return 0
+
+    inbox = Inbox("tcp://127.0.0.1:9", 0)
+    monkeypatch.setattr(zmq.Socket, "poll", poll)
+    for timeout_s in (0.0005, PENDING_POLL_S, 0.0, None):
+        assert inbox.receive(timeout_s=timeout_s) is None
+    assert waits == [1, 1, 0, None]
+    inbox.close()
+
+
+def test_closing_waits_for_the_thread_that_beats_and_loses_no_word():
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    address = f"tcp://127.0.0.1:{port}"
+    inbox = Inbox(address, 0)
+    start_beats(inbox, address, 0, Progress(), os.getppid())
+    while router.recv_multipart()[0] != b"beat-0":
+        pass
+    inbox.send(wire.Failure(0, 3, "last word"))
+    inbox.close()
+    assert inbox.context.closed
+    said = []
+    while router.poll(1000):
+        said.append(wire.decode_from_worker(router.recv_multipart()[1]))
+    assert wire.Failure(0, 3, "last word") in said
     context.destroy(linger=0)

@@ -1,5 +1,11 @@
-"""What is refused before any process waits for another, and what the ranks compare."""
+"""What is refused before any process waits for another, and what the ranks compare; orphans."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +13,7 @@ import msgspec
 import pytest
 from builders import make_plan, tiny_topology
 from parallel_worlds import FAMILIES, SEED, mesh_bundle, mesh_plan
+from source_tree import ROOT
 
 from plans.errors import BundleMismatch
 from plans.mesh import Parallelism
@@ -108,3 +115,50 @@ def test_ranks_that_hold_something_else_are_refused_before_weights_are_looked_fo
         running_workers(str(bundle), plan, weights, SEED, None),
     ):
         pass
+
+
+def test_a_store_of_one_machine_listens_on_no_other_interface():
+    store, port = launch.open_store(None)
+    socket.create_connection(("127.0.0.1", port)).close()
+    with pytest.raises(ConnectionRefusedError):  # every interface would take in this address, too
+        socket.create_connection(("127.0.0.2", port))
+    del store
+
+
+DRIVER = """
+import multiprocessing, sys, time
+from runtime.parallel.launch import running_workers
+from runtime.program import load_bundle
+
+with running_workers(sys.argv[1], load_bundle(sys.argv[1]).plan, "random", 0, None):
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(1e6)
+"""
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in {"Z", "X"}
+
+
+def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path):
+    bundle = mesh_bundle(tmp_path / "bundle", mesh_plan(Parallelism(kvp=2), FAMILIES["llama"]))
+    command = [sys.executable, "-c", DRIVER, str(bundle)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        pids = [int(word) for word in driver.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(is_running(pid) for pid in pids)
+        driver.send_signal(signal.SIGKILL)
+    until_s = time.monotonic() + 5.0
+    while any(is_running(pid) for pid in pids) and time.monotonic() < until_s:
+        time.sleep(0.05)
+    left = [pid for pid in pids if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 import msgspec
+import pytest
 from builders import make_plan
 
 from plans.mesh import Parallelism
 from runtime.parallel import wire
 from runtime.parallel.control import GRACE_S, LOOK_S
-from runtime.parallel.inbox import BEAT_S
-from runtime.parallel.progress import COMPILES, COMPUTES, IDLE, LOADS, WAITS
+from runtime.parallel.inbox import BEAT_S, phase_of
+from runtime.parallel.progress import COMPILES, COMPUTES, DEVICE, IDLE, LOADS, WAITS, Progress
 from runtime.parallel.watch import SILENT_S, STALL_S, Watch
 
 PLAN = make_plan(parallelism=Parallelism(spp=3))
@@ -101,6 +102,87 @@ def test_a_rank_may_compile_a_kernel_while_the_others_wait_for_it():
     problem = run(watch, 100.0, phases, start_s=60.0)
     assert problem is not None
     assert problem.startswith("rank 0 got no further")
+
+
+@pytest.mark.parametrize(
+    ("steps", "named"),
+    [
+        ((9, 8, 8), "rank 1 got no further"),  # stage 0 is beyond the step, stage 2 waits for it
+        ((8, 8, 8), "rank 0 got no further"),
+        ((9, 9, 8), "rank 2 got no further"),
+    ],
+)
+def test_of_several_devices_that_do_not_end_their_work_the_first_in_line_is_named(steps, named):
+    watch, problem, tick = Watch(PLAN, {}, 0.0), None, 0
+    while problem is None and tick < 20:
+        for rank, step_id in enumerate(steps):
+            watch.beat(wire.Beat(rank, step_id, 0, DEVICE), tick * BEAT_S)
+        problem = watch.check(tick * BEAT_S, in_flight=True)
+        tick += 1
+    assert problem is not None
+    assert problem.startswith(named)
+    assert ", at step" in problem
+
+
+def test_all_ranks_of_a_stage_that_exchange_what_one_of_them_lacks_are_named():
+    watch = Watch(make_plan(parallelism=Parallelism(tp=2, spp=2)), {}, 0.0)
+    phases = {0: DEVICE, 1: DEVICE, 2: DEVICE, 3: DEVICE}
+    problem = run(watch, 10.0, phases)
+    assert problem is not None
+    assert problem.startswith("rank 0, rank 1 got no further")
+
+
+def test_a_device_that_waits_for_one_that_gets_on_is_not_stuck():
+    watch = Watch(PLAN, {}, 0.0)
+    for tick in range(60):
+        watch.beat(wire.Beat(0, 8, tick, DEVICE), tick * BEAT_S)
+        for rank in (1, 2):
+            watch.beat(wire.Beat(rank, 8, 0, DEVICE), tick * BEAT_S)
+        assert watch.check(tick * BEAT_S, in_flight=True) is None
+
+
+def test_a_device_has_all_its_time_from_when_what_it_waited_for_is_there():
+    watch = Watch(PLAN, {}, 0.0)
+    for tick in range(30):
+        now_s = tick * BEAT_S
+        stage, begun = divmod(tick, 7)  # a stage takes 3.5 s; all later ones have queued its step
+        for rank in range(3):
+            step_id, phase = (9, COMPUTES) if rank < stage else (8, DEVICE)
+            watch.beat(wire.Beat(rank, step_id, rank < stage and begun, phase), now_s)
+        assert watch.check(now_s, in_flight=stage < 3) is None
+
+
+def test_a_device_is_not_blamed_for_a_neighbour_that_has_compiled():
+    watch = Watch(make_plan(parallelism=Parallelism(tp=2)), {}, 0.0)
+    assert run(watch, 60.0, {0: COMPILES, 1: DEVICE}) is None
+    assert run(watch, 3.0, {0: COMPUTES, 1: DEVICE}, moving=True, start_s=60.0) is None
+    problem = run(watch, 10.0, {0: DEVICE, 1: DEVICE}, start_s=63.0)
+    assert problem is not None
+    assert problem.startswith("rank 0, rank 1 got no further")
+
+
+def test_a_rank_that_only_looks_whether_its_device_is_done_does_not_move():
+    progress = Progress()
+    progress.step_id, progress.unfinished = 5, 3
+    progress.rest()
+    moves = progress.moves
+    for _ in range(3):
+        progress.rest()
+    assert (progress.phase, progress.oldest_step, progress.moves) == (DEVICE, 3, moves)
+    progress.finished(4)
+    assert (progress.oldest_step, progress.moves) == (4, moves + 1)
+    progress.finished(None)
+    progress.rest()
+    assert (progress.phase, progress.oldest_step) == (IDLE, 5)
+
+
+def test_waiting_for_others_is_work_of_the_device_where_it_has_some():
+    progress = Progress()
+    progress.loading = False
+    progress.enter(f"{WAITS} for stage 0")
+    assert phase_of(progress) == f"{WAITS} for stage 0"
+    progress.unfinished = 3
+    assert phase_of(progress) == DEVICE
 
 
 def test_work_that_moves_is_never_stuck():
