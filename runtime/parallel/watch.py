@@ -72,9 +72,9 @@ class Watch:
         self._busy_since_s: float | None = None
         self._compiled_s = now_s
         """When a rank was last seen to compile, and so to hold others up."""
-        self._first: tuple[int, int] | None = None
+        self._in_line: tuple[int, int] | None = None
         """Oldest step that a rank is at, and the earliest stage of such ranks."""
-        self._first_since_s = now_s
+        self._in_line_since_s = now_s
 
     def place(self, hello: wire.Hello) -> None:
         """Notes where a rank runs."""
@@ -125,11 +125,19 @@ class Watch:
 
     def _stuck(self, now_s: float, *, in_flight: bool) -> str | None:
         if not in_flight:
-            self._busy_since_s = None
+            self._busy_since_s = self._in_line = None
             return None
         if self._busy_since_s is None:
             self._busy_since_s = now_s
         busy_s = self._busy_since_s
+        busy = {
+            rank: (each.step_id, each.stage)
+            for rank, each in self._ranks.items()
+            if each.phase in {COMPUTES, COMPILES, DEVICE}
+        }
+        first = min(busy.values(), default=None)
+        if first != self._in_line:
+            self._in_line, self._in_line_since_s = first, now_s
         compiling = [each for each in self._ranks.values() if each.phase == COMPILES]
         if any(now_s - max(each.moved_s, busy_s) < COMPILE_S for each in compiling):
             self._compiled_s = now_s
@@ -139,23 +147,15 @@ class Watch:
             rank: now_s - max(each.moved_s, from_s) > self._stall_s
             for rank, each in self._ranks.items()
         }
-        busy = {
-            rank: (each.step_id, each.stage)
-            for rank, each in self._ranks.items()
-            if each.phase in {COMPUTES, COMPILES, DEVICE}
-        }
         # all others may be waiting for the first ones, and these for each other
-        first = min(busy.values(), default=None)
-        if first != self._first:
-            self._first, self._first_since_s = first, now_s
-        stuck = [rank for rank, at in busy.items() if at == first]
-        was_first = now_s - self._first_since_s > self._stall_s
-        if stuck and was_first and all(still[rank] for rank in stuck):
-            return f"{self._names(stuck)} got no further for {self._stall_s:g} s: {self._at(stuck)}"
-        if all(still.values()):
-            everyone = list(self._ranks)
-            return f"no rank got further for {self._stall_s:g} s: {self._at(everyone)}"
-        return None
+        stuck = [rank for rank, at in busy.items() if at == first] or list(still)
+        if not all(still[rank] for rank in stuck):
+            return None
+        if not busy:
+            return f"no rank got further for {self._stall_s:g} s: {self._at(stuck)}"
+        if now_s - self._in_line_since_s <= self._stall_s:
+            return None
+        return f"{self._names(stuck)} got no further for {self._stall_s:g} s: {self._at(stuck)}"
 
     def _name(self, rank: int) -> str:
         return f"rank {self._first + rank}{self._ranks[rank].where}"

@@ -8,6 +8,8 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 BLOCK = 64
 """Rows sorted at a time: a step rarely holds more prefills."""
+DRAWN = 32
+"""Rows made candidates at a time."""
 
 
 def in_order(keys: Array, numbers: Array) -> Iterator[int]:
@@ -60,6 +62,7 @@ class Queue:
         self._columns = numbers, prefix, missing, long, yields
         self._most = min(most, len(keys))
         self._order = _blocks(keys, numbers)
+        self._pending: Array = np.zeros(0, dtype=np.int64)
         self._drawn: list[Candidate] = []
 
     def __len__(self) -> int:
@@ -74,7 +77,9 @@ class Queue:
         """From a place in the order on."""
         for place in range(first, self._most):
             while len(self._drawn) <= place:
-                rows = next(self._order)
+                if not len(self._pending):
+                    self._pending = next(self._order)  # long where many keys are equal
+                rows, self._pending = self._pending[:DRAWN], self._pending[DRAWN:]
                 columns = (column[rows].tolist() for column in self._columns)
                 self._drawn.extend(map(Candidate._make, zip(*columns, strict=True)))
             yield self._drawn[place]

@@ -359,14 +359,16 @@ class Packer:
         group = pools.newest_group(sequence.home, prefix)
         running = len(book.running)
         free = pools.free_pages(group)
-        if self._reserved.get(group, (-1, 0))[0] != sequence.number:
+        first = self._reserved.get(group, (-1, 0))[0] == sequence.number
+        if not first:
             free -= min(running, 1 + pools.pages // 50)  # decodes grow soon
         if not sequence.pages:
             kept = self._reserved_pages(group, sequence)
             free -= kept
-            start = self._start_pages(sequence)
+            chunk = pools.missing_pages(sequence, prefix + tokens)
+            start = chunk if first else self._start_pages(sequence)
             if free < start and (kept or running + len(draft.placed)):
-                self._reserve(group, sequence, start)
+                self._reserve(group, sequence, chunk)
                 return 0
         room = pools.room_tokens(sequence, prefix, max(free, 0))
         if room < floor:
@@ -376,7 +378,7 @@ class Packer:
                 self._reserve(group, sequence, needed)
                 return 0
             room = floor
-        if self._reserved.get(group, (-1, 0))[0] == sequence.number:
+        if first:
             del self._reserved[group]
         tokens = min(tokens, room)
         book.grow(sequence, prefix + tokens)
@@ -386,7 +388,8 @@ class Packer:
         """Keeps pages for the oldest request that found none: no younger one starts before it has.
 
         Else a stream of short prompts takes every page that comes free, and a long one never starts
-        or grows although it may rank first.
+        or grows although it may rank first. It is one chunk's pages and no more, so that the stream
+        does not wait long for it.
         """
         number, _ = self._reserved.get(group, (sequence.number, 0))
         if sequence.number <= number:
