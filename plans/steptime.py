@@ -264,37 +264,54 @@ class StepLoad:
         budget_s: float,
         most_tokens: int,
         *,
+        at_least: int = 1,
         kvp_groups: int = 1,
         keys_only: bool = False,
     ) -> int:
-        """Largest chunk in [0, most_tokens] that keeps `seconds()` within budget_s; 0 if none does.
+        """Largest chunk in [at_least, most_tokens] that keeps `seconds()` within budget_s, else 0.
 
-        Exact by bisection, since the time rises with the chunk; a dozen reads of the formula. (A
-        closed form over the pieces of the table needs nearly as many and is far longer.)
+        Exact, since the time rises with the chunk: the chord over the interval that is left says
+        where to read the formula next, and every fourth reading halves the interval instead, so
+        that no table makes it slow. A handful of readings; one or two where the answer is an end.
         """
+        if most_tokens < at_least:
+            return 0
         time = self._time
         pair_s, key_s = time.pair_s, time.key_s
-        own = not keys_only
         held, attention_s, samples = self.tokens, self._attention_s, self.samples + 1
         merged, others = self._merge_tokens, kvp_groups - 1
-        low, high = 0, max(most_tokens, 0) + 1  # low fits or is 0, high does not or is too many
-        chunk = high - 1  # most chunks are bounded by the prompt, not by the budget
-        while low < chunk:
+
+        def seconds(chunk: int) -> float:
             pairs, keys = chunk * prefix_tokens, prefix_tokens
-            if own:
+            if not keys_only:
                 pairs += chunk * (chunk + 1) // 2
                 keys += chunk
-            seconds = self._seconds(
+            return self._seconds(
                 held + chunk,
                 attention_s + max(pairs * pair_s, keys * key_s),
                 merged + chunk * others,
                 samples,
             )
-            if seconds <= budget_s:
-                low = chunk
+
+        high, high_s = most_tokens, seconds(most_tokens)
+        if high_s <= budget_s:
+            return high
+        low, low_s = at_least, seconds(at_least)
+        if low_s > budget_s:
+            return 0
+        readings = 0
+        while high - low > 1:
+            readings += 1
+            if readings % 4:
+                share = (budget_s - low_s) / (high_s - low_s)
+                chunk = min(max(low + int(share * (high - low)), low + 1), high - 1)
             else:
-                high = chunk
-            chunk = (low + high) // 2
+                chunk = (low + high) // 2
+            chunk_s = seconds(chunk)
+            if chunk_s <= budget_s:
+                low, low_s = chunk, chunk_s
+            else:
+                high, high_s = chunk, chunk_s
         return low
 
     def _layer_s(self, tokens: int, attention_s: float, merge_tokens: int) -> float:

@@ -81,8 +81,10 @@ class GroupLoads:
         """Time of one group."""
         return self._groups[group].seconds()
 
-    def largest_chunk(self, home: int, prefix: int, budget_s: float, most: int) -> int:
-        """Largest chunk that keeps every group it works in within budget_s."""
+    def largest_chunk(
+        self, home: int, prefix: int, budget_s: float, most: int, *, at_least: int = 1
+    ) -> int:
+        """Largest chunk, from at_least on, that keeps every group it works in within budget_s."""
         newest = prefix // self._shard_tokens
         for group, behind in self.active(home, prefix):
             if most <= 0:
@@ -90,7 +92,12 @@ class GroupLoads:
             keys_only = behind > 0
             keys = self._shard_tokens if keys_only else prefix - newest * self._shard_tokens
             most = self._groups[group].largest_chunk(
-                keys, budget_s, most, kvp_groups=newest + 1, keys_only=keys_only
+                keys,
+                budget_s,
+                most,
+                at_least=at_least,
+                kvp_groups=newest + 1,
+                keys_only=keys_only,
             )
         return most
 

@@ -66,3 +66,47 @@ def _holds(book: Book, sequence: Sequence, group: int) -> bool:
         pages and book.pools.group_of(sequence.home, shard) == group
         for shard, pages in enumerate(sequence.pages)
     )
+
+
+class KeptPages:
+    """Pages kept for the oldest request that found none: no younger one starts before it has them.
+
+    Else a stream of short prompts takes every page that comes free, and a long one never starts or
+    grows although it may rank first. It is one chunk's pages and no more, so that the stream does
+    not wait long for it.
+    """
+
+    def __init__(self, book: Book) -> None:
+        """Nothing is kept."""
+        self._book = book
+        self._by_group: dict[int, tuple[int, int]] = {}
+        """(request, pages)."""
+
+    def numbers(self) -> list[int]:
+        """Requests that pages are kept for."""
+        return [number for number, _ in self._by_group.values()]
+
+    def group_of(self, sequence: Sequence) -> int | None:
+        """Group where pages are kept for a request; None where there is none."""
+        for group, (number, _) in self._by_group.items():
+            if number == sequence.number:
+                return group
+        return None
+
+    def keep(self, group: int, sequence: Sequence, pages: int) -> None:
+        """Keeps pages for a request, unless an older one has that place."""
+        number, _ = self._by_group.get(group, (sequence.number, 0))
+        if sequence.number <= number:
+            self._by_group[group] = sequence.number, pages
+
+    def before(self, group: int, sequence: Sequence) -> int:
+        """Pages that are kept for a request older than this one."""
+        number, pages = self._by_group.get(group, (sequence.number, 0))
+        if number not in self._book.waiting:  # it ended, or its prefill did
+            self._by_group.pop(group, None)
+            return 0
+        return pages if number < sequence.number else 0
+
+    def release(self, group: int) -> None:
+        """Keeps nothing in the group any more."""
+        del self._by_group[group]

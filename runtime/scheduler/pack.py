@@ -20,7 +20,7 @@ from runtime.request import Sequence
 from runtime.scheduler import Scheduling
 from runtime.scheduler.commit import StepMaker
 from runtime.scheduler.loads import GroupLoads
-from runtime.scheduler.memory import Room, make_room
+from runtime.scheduler.memory import KeptPages, Room, make_room
 from runtime.scheduler.order import Candidate, Queue
 
 MISSES = 256
@@ -70,8 +70,7 @@ class Packer:
         self._config = book.plan.scheduler
         self._scheduling = scheduling
         self._maker = StepMaker(book)
-        self._reserved: dict[int, tuple[int, int]] = {}
-        """By group: the oldest request that found no pages, and how many it waits for."""
+        self._kept = KeptPages(book)
         self._starts = 0
         """Fresh prompts that may still start in the step under construction."""
         self.overrun_s = 0.0
@@ -110,7 +109,7 @@ class Packer:
         """
         waiting = self._book.waiting
         old = waiting["number"][waiting["started"]].tolist()
-        old += [number for number, _ in self._reserved.values() if number in waiting]
+        old += [number for number in self._kept.numbers() if number in waiting]
         if old:
             row = waiting.row(min(old))
             candidate = Candidate(
@@ -233,8 +232,10 @@ class Packer:
         """Gives further long prefills the time that nobody else could use; most often none."""
         shortest = min(longs, key=lambda each: each.prefix)
         sequence, least = self._book.sequences[shortest.number], self._config.min_chunk_tokens
-        room = draft.loads.largest_chunk(sequence.home, shortest.prefix, limit_s, least)
-        if room < least and shortest.missing >= least:
+        room = draft.loads.largest_chunk(
+            sequence.home, shortest.prefix, limit_s, least, at_least=least
+        )
+        if not room and shortest.missing >= least:
             draft.hopeless = limit_s, shortest.prefix
         for candidate in longs:
             if self._full(draft, limit_s):
@@ -273,7 +274,7 @@ class Packer:
         most = self._scheduling.chunk_tokens or self._config.max_step_tokens
         return any(
             draft.loads.tokens(group, 0) < most
-            and draft.loads.largest_chunk(group, 0, limit_s, least) >= least
+            and draft.loads.largest_chunk(group, 0, limit_s, least, at_least=least)
             for group in range(self._plan.parallelism.kvp)
         )
 
@@ -294,7 +295,9 @@ class Packer:
         prefix = sequence.scheduled
         most = self._most(sequence, draft.loads.tokens(sequence.home, prefix))
         floor = min(config.min_chunk_tokens, sequence.missing, most)
-        tokens = draft.loads.largest_chunk(sequence.home, prefix, limit_s, most)
+        tokens = draft.loads.largest_chunk(
+            sequence.home, prefix, limit_s, most, at_least=max(floor, 1)
+        )
         cut = tokens < most
         if tokens < floor and least:
             tokens = floor
@@ -359,49 +362,30 @@ class Packer:
         group = pools.newest_group(sequence.home, prefix)
         running = len(book.running)
         free = pools.free_pages(group)
-        first = self._reserved.get(group, (-1, 0))[0] == sequence.number
+        first = self._kept.group_of(sequence) == group
         if not first:
             free -= min(running, 1 + pools.pages // 50)  # decodes grow soon
         if not sequence.pages:
-            kept = self._reserved_pages(group, sequence)
+            kept = self._kept.before(group, sequence)
             free -= kept
             chunk = pools.missing_pages(sequence, prefix + tokens)
             start = chunk if first else self._start_pages(sequence)
             if free < start and (kept or running + len(draft.placed)):
-                self._reserve(group, sequence, chunk)
+                self._kept.keep(group, sequence, chunk)
                 return 0
         room = pools.room_tokens(sequence, prefix, max(free, 0))
         if room < floor:
             needed = pools.missing_pages(sequence, prefix + floor)
             keep = draft.members
             if make_room(book, sequence, group, needed, keep=keep, decodes=False) is not Room.YES:
-                self._reserve(group, sequence, needed)
+                self._kept.keep(group, sequence, needed)
                 return 0
             room = floor
         if first:
-            del self._reserved[group]
+            self._kept.release(group)
         tokens = min(tokens, room)
         book.grow(sequence, prefix + tokens)
         return tokens
-
-    def _reserve(self, group: int, sequence: Sequence, pages: int) -> None:
-        """Keeps pages for the oldest request that found none: no younger one starts before it has.
-
-        Else a stream of short prompts takes every page that comes free, and a long one never starts
-        or grows although it may rank first. It is one chunk's pages and no more, so that the stream
-        does not wait long for it.
-        """
-        number, _ = self._reserved.get(group, (sequence.number, 0))
-        if sequence.number <= number:
-            self._reserved[group] = sequence.number, pages
-
-    def _reserved_pages(self, group: int, sequence: Sequence) -> int:
-        """Pages that are kept for a request older than this one."""
-        number, pages = self._reserved.get(group, (sequence.number, 0))
-        if number not in self._book.waiting:
-            self._reserved.pop(group, None)
-            return 0
-        return pages if number < sequence.number else 0
 
     def _start_pages(self, sequence: Sequence) -> int:
         """Free pages without which a prompt does not start: all of a short one, some of a long one.
@@ -418,9 +402,9 @@ class Packer:
         groups = self._plan.parallelism.kvp
         if groups == 1:
             return 0
-        for group, (number, _) in self._reserved.items():
-            if number == sequence.number:
-                return group
+        kept = self._kept.group_of(sequence)
+        if kept is not None:
+            return kept
         waiting = self._book.waiting
         started = waiting["started"]
         pending = np.bincount(

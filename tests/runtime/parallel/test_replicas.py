@@ -1,6 +1,8 @@
 """Replicas: independent engines of one run, each on its own ranks."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,12 @@ from parallel_worlds import FAMILIES, SEED, assert_greedy, mesh_bundle, mesh_pla
 
 import runtime.cli_run
 from plans.mesh import Parallelism
-from runtime.offline import Result
+from runtime.clock import WallClock
+from runtime.offline import OfflineRun, Progress, Result, read_jobs
+from runtime.parallel.executor import ParallelExecutor
+from runtime.parallel.launch import running_workers
+from runtime.program import load_bundle
+from runtime.scheduler import load_policy
 
 FATAL = 255
 ENDS = """
@@ -69,3 +76,31 @@ def test_a_replica_that_fails_takes_no_other_with_it(
     assert "1 of 2 requests failed: rank 3 (" in capfd.readouterr().err
     assert [result.finish_reason for result in results] == ["length", "failed"]
     assert_greedy(model, clean, results[0].token_ids)
+
+
+def test_replicas_that_wait_for_a_far_arrival_end_when_told_to(tmp_path: Path):
+    mesh = Parallelism(spp=2, replicas=2)
+    bundle = mesh_bundle(tmp_path / "bundle", mesh_plan(mesh, FAMILIES["llama"]))
+    plan = load_bundle(bundle).plan
+    lines = [
+        {"token_ids": [1, 2], "max_tokens": 4},
+        *({"token_ids": [3], "arrival_s": 1e6} for _ in range(3)),
+    ]
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("\n".join(json.dumps(line) for line in lines))
+    told: list[None] = []
+
+    def tell(progress: Progress) -> None:
+        if progress.generated_tokens == 3 and not told:
+            told.append(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    offline = OfflineRun(read_jobs(requests, plan, None), None, on_progress=tell)
+    clock = WallClock()
+    with running_workers(str(bundle), plan, "random", SEED, None) as replicas:
+        executors = [ParallelExecutor(plan, workers, clock) for workers in replicas]
+        scheduling = load_policy(plan.scheduler.policy, plan.scheduler)
+        results = offline.run(plan, executors, clock, scheduling)
+    assert "told to end" in str(offline.error)
+    assert len(results) == 4
+    assert [result.finish_reason for result in results[1:]] == ["failed"] * 3
