@@ -102,7 +102,7 @@ class Watch:
             sums = [(each.seconds, each.merge_s, each.waited_s) for each in self.executor.stages]
             self.marks.append((self.clock.now_s(), sums))
 
-    def keep(self, request: int, position: int, logits_V: torch.Tensor) -> None:  # noqa: N803
+    def keep(self, request: int, position: int, logits_V: torch.Tensor) -> None:
         """Called with the logits of each sampled token."""
         values, ids = logits_V.float().topk(BEST)
         self.best[f"{request},{position}"] = dict(
