@@ -70,6 +70,7 @@ class Packer:
         self._config = book.plan.scheduler
         self._scheduling = scheduling
         self._maker = StepMaker(book)
+        self._one_group = book.plan.parallelism.kvp == 1
         self._kept = KeptPages(book)
         self._starts = 0
         """Fresh prompts that may still start in the step under construction."""
@@ -215,13 +216,13 @@ class Packer:
         for index, candidate in enumerate(queue):
             if candidate.number in draft.members:
                 continue
-            if not least and self._hopeless(draft, candidate, limit_s):
-                continue
-            if self._full(draft, limit_s) and not least:
-                return
-            if candidate.long and self._long_groups(candidate.number) & draft.long_groups:
+            if candidate.long and self._beside_a_long(draft, candidate):
                 waiting_longs.append(candidate)
                 continue
+            if not least and self._hopeless(draft, candidate, limit_s):
+                continue
+            if not least and self._full(draft, limit_s):
+                return
             self._yield(draft, queue, index, candidate, limit_s)
             if self._place(draft, candidate, limit_s, least=least):
                 least = False
@@ -278,6 +279,12 @@ class Packer:
             for group in range(self._plan.parallelism.kvp)
         )
 
+    def _beside_a_long(self, draft: Draft, candidate: Candidate) -> bool:
+        """Whether a group that the request works in has a long prefill in the step already."""
+        if not draft.long_groups:
+            return False
+        return self._one_group or bool(self._long_groups(candidate.number) & draft.long_groups)
+
     def _long_groups(self, number: int) -> set[int]:
         sequence = self._book.sequences[number]
         return {self._book.pools.newest_group(sequence.home, sequence.scheduled)}
@@ -333,7 +340,7 @@ class Packer:
             candidate.prefix >= prefix
             and limit_s <= limit_then_s
             and candidate.missing >= self._config.min_chunk_tokens
-            and self._plan.parallelism.kvp == 1
+            and self._one_group
         )
 
     def _most(self, sequence: Sequence, in_group: int) -> int:
