@@ -46,8 +46,13 @@ MUTATIONS = {
     ),
     "the time budget is ignored": (
         "runtime/scheduler/pack.py",
-        "tokens = draft.loads.largest_chunk(sequence.home, prefix, limit_s, most)",
-        "tokens = most",
+        "        cut = tokens < most\n",
+        "        cut, tokens = tokens < most, most\n",
+    ),
+    "every prefill makes its least progress": (
+        "runtime/scheduler/pack.py",
+        "                least = False\n",
+        "                least = True\n",
     ),
     "a step outgrows its cap": (
         "runtime/scheduler/pack.py",

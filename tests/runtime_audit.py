@@ -3,14 +3,16 @@
 Independent of the book: it sees only what an executor sees, plus arrivals and ends.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import pytest
 
 from plans.plan import Plan
 from runtime.clock import VirtualClock
 from runtime.engine import Engine
-from runtime.executor.base import Step, StepResult
+from runtime.executor.base import Chunk, Step, StepResult
 from runtime.executor.simulated import SimulatedExecutor
 from runtime.request import Record, Sequence
 from runtime.scheduler import PACKER, load_policy
@@ -147,7 +149,7 @@ class Audit:
     def _budget(self, step: Step, limit_s: float) -> None:
         """Within the budget, but for least chunks of the first prefill and the first demoted."""
         config, most = self.plan.scheduler, self.chunk_tokens
-        loads = self._loads(step, least=-1)
+        loads = self._loads(step)
         for chunk in step.chunks:
             tokens = loads.tokens(chunk.home, chunk.prefix)
             assert tokens <= max(config.max_step_tokens, len(step.decodes))
@@ -156,14 +158,17 @@ class Audit:
             return
         small = [chunk for chunk in step.chunks if chunk.tokens <= config.min_chunk_tokens]
         assert small, "the step is over its budget and no chunk is a least one"
-        if len(small) < len(step.chunks):
-            assert self._fits(self._loads(step, least=config.min_chunk_tokens), limit_s)
+        left_out = [set(some) for count in (1, 2) for some in combinations(small, count)]
+        assert any(
+            len(step.chunks) == len(some) or self._fits(self._loads(step, without=some), limit_s)
+            for some in left_out
+        ), "more than two least chunks take the step over its budget"
 
     def _fits(self, loads: GroupLoads, limit_s: float) -> bool:
         return loads.seconds() * (1 + self.plan.step_time.margin) <= limit_s * (1 + 1e-9)
 
-    def _loads(self, step: Step, *, least: int) -> GroupLoads:
-        """Predicted load of the decodes and of the chunks above `least` tokens."""
+    def _loads(self, step: Step, *, without: Collection[Chunk] = ()) -> GroupLoads:
+        """Predicted load of the decodes and of all chunks but some."""
         loads = GroupLoads(
             self.plan.step_time,
             groups=self.plan.parallelism.kvp,
@@ -171,7 +176,7 @@ class Audit:
         )
         loads.add_decodes(step.decode_prefix, step.decode_home)
         for chunk in step.chunks:
-            if chunk.tokens > least:
+            if chunk not in without:
                 loads.add_chunk(chunk.home, chunk.tokens, chunk.prefix)
         return loads
 

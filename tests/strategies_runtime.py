@@ -15,7 +15,10 @@ def sim_plan(
 ) -> Plan:
     plan = make_plan(
         parallelism=Parallelism(spp=spp, kvp=kvp),
-        step_time=tiny_step_time(hop_latency_s=1e-5, merge_latency_s=1e-5, margin=0.1),
+        # as much host time over all stages as one stage has, so that decodes leave room for chunks
+        step_time=tiny_step_time(
+            overhead_s=0.001 / spp, hop_latency_s=1e-5, merge_latency_s=1e-5, margin=0.1
+        ),
         spare_pages=spare_pages,
         **changes,
     )
