@@ -79,11 +79,6 @@ class Sequence:
         """Tokens not yet submitted."""
         return self.length - self.scheduled
 
-    @property
-    def decoding(self) -> bool:
-        """Whether its next step is one token: the newest one."""
-        return self.generated > 0 and self.scheduled >= self.length - 1
-
 
 class Record(Struct, frozen=True, kw_only=True):
     """What the metrics keep of an ended or refused request."""

@@ -9,12 +9,10 @@ long prompts do not alternate and hold double memory.
 
 import numpy as np
 
-from runtime.scheduler.policy import Prefills, Ranked
+from runtime.scheduler.policy import LEAST_S, Prefills, Ranked, slack_s
 
 HYSTERESIS = 0.02
 """Lead in rho of the prefill in progress: far below the 0.5 that a fresh request starts with."""
-LEAST_WORK_S = 1e-6
-"""A prompt that costs nothing still has a finite key."""
 
 
 class Lars:
@@ -26,10 +24,10 @@ class Lars:
 
     def rank(self, waiting: Prefills, *, now_s: float) -> Ranked:
         """Relative slack of each request at now_s."""
-        slack_s = waiting.arrival_s + waiting.deadline_s - now_s - waiting.remaining_s
-        rho = slack_s / np.maximum(waiting.work_s, LEAST_WORK_S)
+        slack = slack_s(waiting, now_s)
+        rho = slack / np.maximum(waiting.work_s, LEAST_S)
         return Ranked(
             keys=rho - HYSTERESIS * waiting.recent,
             yields=np.clip(rho, 0.0, self._max_yield) * waiting.long,
-            demoted=slack_s < 0.0,
+            demoted=slack < 0.0,
         )

@@ -73,10 +73,6 @@ class GroupLoads:
             return self._groups[0].stages_s()
         return tuple(map(max, zip(*(load.stages_s() for load in self._groups), strict=True)))
 
-    def seconds_at(self, home: int, prefix: int) -> float:
-        """Time of the slowest group that a token at `prefix` would work in."""
-        return max(self._groups[group].seconds() for group, _ in self.active(home, prefix))
-
     def group_seconds(self, group: int) -> float:
         """Time of one group."""
         return self._groups[group].seconds()

@@ -206,13 +206,13 @@ def test_ranking_is_pure(spec: str, waiting: Prefills) -> None:
         assert np.array_equal(getattr(waiting, each.name), getattr(before, each.name))
 
 
-@pytest.mark.parametrize("spec", sorted({*POLICIES} - {"hrrn", "turns"}))
-def test_equal_requests_go_by_arrival_number(spec: str) -> None:
-    rows = 200
+def equal_prefills(numbers: np.ndarray, arrival_s: np.ndarray) -> Prefills:
+    """Fresh prompts that differ in number and arrival alone."""
+    rows = len(numbers)
     ones = np.ones(rows)
-    waiting = Prefills(
-        number=np.random.default_rng(0).permutation(rows),
-        arrival_s=ones,
+    return Prefills(
+        number=numbers,
+        arrival_s=arrival_s,
         deadline_s=ones,
         work_s=ones,
         remaining_s=ones,
@@ -224,27 +224,20 @@ def test_equal_requests_go_by_arrival_number(spec: str) -> None:
         served_tokens=np.zeros(rows, dtype=np.int64),
         step=0,
     )
+
+
+@pytest.mark.parametrize("spec", sorted({*POLICIES} - {"hrrn", "turns"}))
+def test_equal_requests_go_by_arrival_number(spec: str) -> None:
+    rows = 200
+    numbers = np.random.default_rng(0).permutation(rows)
+    waiting = equal_prefills(numbers, np.ones(rows))
     assert order(spec, waiting) == list(range(rows))
 
 
 def test_arrivals_a_millisecond_apart_keep_their_order_at_a_large_clock() -> None:
     """In single precision, clocks near 1.7e9 s are 128 s apart."""
     rows = 50
-    ones = np.ones(rows)
-    waiting = Prefills(
-        number=np.arange(rows)[::-1].copy(),
-        arrival_s=1.7e9 + 1e-3 * np.arange(rows)[::-1],
-        deadline_s=ones,
-        work_s=ones,
-        remaining_s=ones,
-        prompt_tokens=np.full(rows, 100),
-        missing_tokens=np.full(rows, 100),
-        started=np.zeros(rows, dtype=np.bool_),
-        recent=np.zeros(rows, dtype=np.bool_),
-        long=np.zeros(rows, dtype=np.bool_),
-        served_tokens=np.zeros(rows, dtype=np.int64),
-        step=0,
-    )
+    waiting = equal_prefills(np.arange(rows)[::-1].copy(), 1.7e9 + 1e-3 * np.arange(rows)[::-1])
     for spec in ("edf", "slack", "slack-remaining", "lrs", "lars"):
         keys = rank(spec, waiting, 1.7e9 + 1).keys
         assert (np.diff(keys) < 0).all(), spec

@@ -252,9 +252,12 @@ def test_a_long_list_of_misfits_fits_a_screen(checkpoint):
 
 
 def test_buffers_that_follow_from_the_configuration_are_ignored(checkpoint):
+    plain = load_weights(checkpoint, parameters_of(MODEL))
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(checkpoint, lambda tensors: tensors.update({name: torch.ones(8)}))
-    load_weights(checkpoint, parameters_of(MODEL))
+    again = load_weights(checkpoint, parameters_of(MODEL))
+    assert again.keys() == plain.keys()
+    assert all(torch.equal(again[each], plain[each]) for each in plain)
 
 
 def test_a_stage_does_not_take_the_tensors_of_others_for_strangers(checkpoint):
