@@ -76,18 +76,20 @@ class Relative:
 
 
 class Lanes:
-    """Two lanes with a weight of slack and with or without the share of the slower one."""
+    """Two lanes with weights of slack and with or without the share of the slower one."""
 
     def __init__(
         self,
         *,
-        weight: float,
+        weight: float = 0.5,
+        late: float = 0.005,
         express_s: float = 0.5,
         share: bool = True,
         by_remaining: bool = False,
     ) -> None:
-        """As in runtime/scheduler/lars_lanes.py."""
+        """As in runtime/scheduler/lars_lanes.py; `late` weighs what is beyond one deadline late."""
         self._weight = weight
+        self._late = late
         self._express_s = express_s
         self._share = share
         self._by_remaining = by_remaining
@@ -96,7 +98,9 @@ class Lanes:
         """Keys of the variant."""
         work_s = waiting.remaining_s if self._by_remaining else waiting.work_s
         express = work_s <= self._express_s
-        keys = waiting.remaining_s + self._weight * slack_s(waiting, now_s)
+        slack = slack_s(waiting, now_s)
+        lost = np.minimum(slack + waiting.deadline_s, 0.0)
+        keys = waiting.remaining_s + self._weight * (slack - lost) + self._late * lost
         if not self._share:
             keys = keys - 1e9 * express  # first by key instead of by class
         return Ranked(
@@ -131,13 +135,15 @@ def variants(plan: Plan) -> Iterator[tuple[str, Plan, Policy]]:
         ttft = TtftTarget(multiplier=multiplier, floor_s=floor_s)
         changed = structs.replace(plan, targets=structs.replace(plan.targets, ttft=ttft))
         yield f"lars, deadline {multiplier} x, {floor_s} s", changed, ours
-    yield "lars-lanes", plan, Lanes(weight=0.1)
-    for weight in (0.0, 0.03, 0.3):
+    yield "lars-lanes", plan, Lanes()
+    for weight in (0.0, 0.1, 0.5, 1.0):
+        yield f"lanes, weight {weight} for ever", plan, Lanes(weight=weight, late=weight)
+    for weight in (0.2, 1.0):
         yield f"lanes, weight {weight}", plan, Lanes(weight=weight)
-    yield "lanes, weight 0.1, no share", plan, Lanes(weight=0.1, share=False)
-    yield "lanes, by remaining work", plan, Lanes(weight=0.1, by_remaining=True)
-    yield "lanes, express 0.1 s", plan, Lanes(weight=0.1, express_s=0.1)
-    yield "lanes, express 2 s", plan, Lanes(weight=0.1, express_s=2.0)
+    yield "lanes, no share", plan, Lanes(share=False)
+    yield "lanes, by remaining work", plan, Lanes(by_remaining=True)
+    yield "lanes, express 0.1 s", plan, Lanes(express_s=0.1)
+    yield "lanes, express 2 s", plan, Lanes(express_s=2.0)
 
 
 @app.command()

@@ -146,7 +146,7 @@ def run_case(
     else:
         sent = list(offered)
         counted = sent
-    gaps = [each for drawn in engine.gaps.values() for each in drawn]
+    gaps_s = np.concatenate([np.array(drawn) for drawn in engine.gaps.values()])
     work = WorkTable(plan.prefill.chunks, plan.step_time, plan.kv.tokens_per_kvp_shard)
     outcome = Outcome(
         case=case,
@@ -154,12 +154,12 @@ def run_case(
         sent=len(sent),
         load=sum(work.solo_s(each.prompt_tokens) for each in offered) / case.window_s,
         classes=_classes(plan, counted, engine.records),
-        gaps_p99_s=spread(np.concatenate(gaps)).p99 or 0.0 if gaps else 0.0,
+        gaps_p99_s=spread(gaps_s).p99 or 0.0,
         steps=engine.book.steps,
         evictions=sum(each.evictions for each in engine.records),
         wall_s=time.perf_counter() - started_s,
     )
-    return outcome, engine.records
+    return outcome, list(engine.records)
 
 
 def _classes(

@@ -17,6 +17,8 @@ TESTS = [
     "tests/runtime/test_engine_machine.py",
     "tests/runtime/test_engine.py",
     "tests/runtime/test_kvcache.py",
+    "tests/runtime/test_pack.py",
+    "tests/runtime/test_share.py",
 ]
 MUTATIONS = {
     "a page leaks": (
@@ -26,13 +28,13 @@ MUTATIONS = {
     ),
     "a page is held twice": (
         "runtime/kvcache.py",
-        "taken = tuple(free.pop() for _ in range(count))",
-        "taken = tuple(free[-1 - each] for each in range(count))",
+        "        del free[-count:]\n",
+        "",
     ),
     "an evicted request is lost": (
         "runtime/book.py",
-        "        table.remove(sequence.number)\n        self._wait(sequence)\n",
-        "        table.remove(sequence.number)\n",
+        "            self.waiting.remove(sequence.number)\n        self._wait(sequence)\n",
+        "            self.waiting.remove(sequence.number)\n",
     ),
     "a request ends twice": (
         "runtime/engine.py",
@@ -41,13 +43,13 @@ MUTATIONS = {
     ),
     "a token is computed twice": (
         "runtime/book.py",
-        "        sequence.scheduled += tokens\n",
-        "        sequence.scheduled += max(tokens - 1, 1)\n",
+        "        scheduled = sequence.scheduled + tokens\n",
+        "        scheduled = sequence.scheduled + max(tokens - 1, 1)\n",
     ),
     "the time budget is ignored": (
         "runtime/scheduler/pack.py",
-        "        cut = tokens < most\n",
-        "        cut, tokens = tokens < most, most\n",
+        "        if tokens < floor and least:\n",
+        "        tokens = most\n        if tokens < floor and least:\n",
     ),
     "every prefill makes its least progress": (
         "runtime/scheduler/pack.py",
@@ -66,12 +68,12 @@ MUTATIONS = {
     ),
     "a prefill displaces decodes": (
         "runtime/scheduler/pack.py",
-        'rows = np.flatnonzero(~running["in_flight"])',
-        'rows = np.flatnonzero(~running["in_flight"])[: 1 if len(book.waiting) else None]',
+        "decodes = book.ready()\n",
+        "decodes = book.ready()[: 1 if len(book.waiting) else None]\n",
     ),
     "a decode runs before its token exists": (
         "runtime/scheduler/commit.py",
-        '        book.running["in_flight"][rows] = True\n',
+        "            sequence.in_flight += 1\n",
         "",
     ),
     "max_tokens is exceeded after an eviction": (
@@ -81,13 +83,93 @@ MUTATIONS = {
     ),
     "a victim is in flight": (
         "runtime/scheduler/memory.py",
-        "        if sequence.in_flight or sequence.number in keep:\n",
-        "        if sequence.number in keep:\n",
+        "if pages and not sequence.in_flight and -number not in self._members:",
+        "if pages and -number not in self._members:",
     ),
     "growth waits for itself": (
         "runtime/scheduler/memory.py",
-        "    while book.pools.free_pages(group) < pages:\n",
-        "    while book.pools.free_pages(group) < pages:\n        return Room.LATER\n",
+        "    if idle.make_room(taker, group, 1):\n",
+        "    if not book.pools.free_pages(group):\n        return Room.LATER\n    if True:\n",
+    ),
+    "a victim has a part in the step": (
+        "runtime/scheduler/memory.py",
+        "if pages and not sequence.in_flight and -number not in self._members:",
+        "if pages and not sequence.in_flight:",
+    ),
+    "best effort without pages ends the step for others": (
+        "runtime/scheduler/pack.py",
+        "        draft.misses = 0  # one",
+        "        # one",
+    ),
+    "pages are taken in vain": (
+        "runtime/scheduler/memory.py",
+        "        if freed[count] < missing:\n",
+        "        if not count:\n",
+    ),
+    "the time between tokens is ignored": (
+        "runtime/scheduler/budget.py",
+        "budget_s = min(budget_s, max(self.until(due_s, now_s), 0.5 * step_budget_s))",
+        "pass",
+    ),
+    "the step ahead is forgotten": (
+        "runtime/scheduler/budget.py",
+        "(due_s - max(leaves_s, now_s)) / share",
+        "(due_s - now_s) / share",
+    ),
+    "best effort never goes first": (
+        "runtime/scheduler/share.py",
+        "enumerate(self._credit_s) if credit > 0)",
+        "enumerate(self._credit_s) if credit > 1e9)",
+    ),
+    "best effort always goes first": (
+        "runtime/scheduler/share.py",
+        "enumerate(self._credit_s) if credit > 0)",
+        "enumerate(self._credit_s) if credit > -1e9)",
+    ),
+    "best effort makes no least progress in its turn": (
+        "runtime/scheduler/pack.py",
+        "self._place_all(draft, demoted, least=True, only=due)",
+        "self._place_all(draft, demoted, least=False, only=due)",
+    ),
+    "time that nobody wanted is a debt": (
+        "runtime/scheduler/share.py",
+        "                credit = min(credit, -used)\n",
+        "                credit -= used\n",
+    ),
+    "long prompts crowd out the short ones": (
+        "runtime/scheduler/pack.py",
+        "            if candidate.long and group in draft.long_groups:\n",
+        "            if candidate.long and group in ():\n",
+    ),
+    "a long prompt is set aside by the group it was in before": (
+        "runtime/scheduler/pack.py",
+        "            if candidate.long and group in draft.long_groups:\n",
+        "            if candidate.long and 0 in draft.long_groups:\n",
+    ),
+    "a long prompt yields nothing": (
+        "runtime/scheduler/pack.py",
+        "yielded_s = draft.loads.seconds() + candidate.share * draft.budget_s",
+        "yielded_s = draft.loads.seconds()",
+    ),
+    "the home ignores what is pending": (
+        "runtime/scheduler/pages.py",
+        "key=lambda each: (pending_s[each] + loads.group_seconds(each), each)",
+        "key=lambda each: (loads.group_seconds(each), each)",
+    ),
+    "the home ignores the step": (
+        "runtime/scheduler/pages.py",
+        "key=lambda each: (pending_s[each] + loads.group_seconds(each), each)",
+        "key=lambda each: (pending_s[each], each)",
+    ),
+    "a refusal for want of pages holds for shorter prompts too": (
+        "runtime/scheduler/pages.py",
+        "return tokens >= self.refused[0] and number > self.refused[1]",
+        "return self.refused[0] < 1 << 62",
+    ),
+    "a home without room is chosen": (
+        "runtime/scheduler/pages.py",
+        "            roomy or groups, key=",
+        "            groups, key=",
     ),
     "the schedule is not reproducible": (
         "runtime/scheduler/order.py",

@@ -31,9 +31,14 @@ class Prefill(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def chunk_at(rows: tuple[ChunkRow, ...], prefix_tokens: int) -> int:
-    """Chunk size of the schedule at a prefix; the last row holds beyond its end."""
-    row = bisect_right(rows, prefix_tokens, key=lambda each: each.until_tokens)
-    return rows[min(row, len(rows) - 1)].chunk_tokens
+    """Chunk of the schedule at a prefix, cut at the row's end; the last row holds beyond its own.
+
+    The cut keeps a lone prompt at the chunks that its predicted time is made of.
+    """
+    for row in rows:  # a handful
+        if prefix_tokens < row.until_tokens:
+            return min(row.chunk_tokens, row.until_tokens - prefix_tokens)
+    return rows[-1].chunk_tokens
 
 
 def _next_chunk(rows: tuple[ChunkRow, ...], prefix: int, shard_tokens: int) -> int:

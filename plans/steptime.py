@@ -17,7 +17,7 @@ Monotone in every argument by construction (tables rise, coefficients are not ne
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -39,9 +39,14 @@ class Knot(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seconds: Seconds
 
 
-class Table:
+REMEMBERED = 16_384
+"""Points that a table keeps with their seconds: more than a step has tokens."""
+
+
+class Table(dict[float, float]):
     """A table made ready for many reads: constant before the first row, the last slope beyond it.
 
+    `table[at]` remembers, since schedulers read the same few thousand points again and again.
     Rises in floating point too, not only on paper: every piece is capped by the row it ends at.
     """
 
@@ -49,11 +54,19 @@ class Table:
 
     def __init__(self, knots: tuple[Knot, ...]) -> None:
         """Takes rows whose `at` rises strictly; no rows mean that it costs nothing."""
+        super().__init__()
         self._at = [knot.at for knot in knots]
         self._seconds = [knot.seconds for knot in knots]
         self._slopes = [
             (right.seconds - left.seconds) / (right.at - left.at) for left, right in pairwise(knots)
         ]
+
+    def __missing__(self, at: float) -> float:
+        """Reads a point for the first time."""
+        seconds = self.read(at)
+        if len(self) < REMEMBERED:
+            self[at] = seconds
+        return seconds
 
     def read(self, at: float) -> float:
         """Seconds at a point; 0 at no tokens and for an empty table."""
@@ -66,7 +79,9 @@ class Table:
         if row == len(ats):
             slope = self._slopes[-1] if self._slopes else 0.0
             return seconds[-1] + (at - ats[-1]) * slope
-        return min(seconds[row - 1] + (at - ats[row - 1]) * self._slopes[row - 1], seconds[row])
+        found_s = seconds[row - 1] + (at - ats[row - 1]) * self._slopes[row - 1]
+        end_s = seconds[row]
+        return min(end_s, found_s)
 
 
 def table_s(table: tuple[Knot, ...], at: float) -> float:
@@ -145,16 +160,23 @@ class StepTime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ca
         )
 
 
+Work = tuple[int, float, int, int]
+"""Tokens, attention seconds of a layer, merge tokens and samples of a step."""
+
+
 class _Constants:
     """What StepLoad reads again and again from one StepTime."""
 
-    __slots__ = ("head", "layers", "matmul", "overhead_s")
+    __slots__ = ("head", "hops", "layers", "matmul", "overhead_s", "stages")
 
     def __init__(self, step_time: StepTime) -> None:
         self.matmul = Table(step_time.matmul)
         self.head = Table(step_time.head)
         self.layers = sum(step_time.stage_layers)
+        self.hops = len(step_time.stage_layers) - 1
         self.overhead_s = step_time.overhead_s * step_time.stages
+        self.stages: tuple[Work, tuple[float, ...]] = ((-1, 0.0, 0, 0), ())
+        """Work that `stages_s` was asked for last, and its answer."""
 
 
 @lru_cache(maxsize=256)
@@ -184,15 +206,15 @@ class StepLoad:
 
     def __init__(self, step_time: StepTime, *, stage: int | None = None) -> None:
         """Starts empty."""
-        last = len(step_time.stage_layers) - 1
         self._time = step_time
         self._constants = constants = _constants(step_time)
         if stage is None:
             self._layers = constants.layers
             self._overhead_s = constants.overhead_s
-            self._hops = last
+            self._hops = constants.hops
             self._head = True
         else:
+            last = constants.hops
             self._layers = step_time.stage_layers[stage]
             self._overhead_s = step_time.overhead_s
             self._hops = int(stage != last)
@@ -216,7 +238,8 @@ class StepLoad:
         if not keys_only:
             pairs += tokens * (tokens + 1) // 2
             keys += tokens
-        self._attention_s += max(pairs * time.pair_s, keys * time.key_s)
+        compute_s, read_s = pairs * time.pair_s, keys * time.key_s
+        self._attention_s += max(compute_s, read_s)
         self._merge_tokens += tokens * (kvp_groups - 1)
         self.tokens += tokens
         self.samples += 1
@@ -228,13 +251,6 @@ class StepLoad:
         self._merge_tokens += kvp_groups - 1
         self.tokens += 1
         self.samples += 1
-
-    def copy(self) -> "StepLoad":
-        """An independent load with the same work."""
-        twin = StepLoad.__new__(StepLoad)
-        for slot in self.__slots__:
-            setattr(twin, slot, getattr(self, slot))
-        return twin
 
     def add_decodes(self, sequences: int, kv_tokens: int, *, merges: int = 0) -> None:
         """Adds many decodes at once: their KV tokens in sum, and merges = sum of further groups."""
@@ -249,14 +265,24 @@ class StepLoad:
         return self._seconds(self.tokens, self._attention_s, self._merge_tokens, self.samples)
 
     def stages_s(self) -> tuple[float, ...]:
-        """Time of the step on each stage, whatever stage the load was made for."""
+        """Time of the step on each stage, whatever stage the load was made for.
+
+        Who packs a step asks, and then whoever runs it in virtual time: the second answer is free.
+        """
+        work = (self.tokens, self._attention_s, self._merge_tokens, self.samples)
+        known, answer = self._constants.stages
+        if work == known:
+            return answer
         time = self._time
+        overhead_s = time.overhead_s
         layer_s = self._layer_s(self.tokens, self._attention_s, self._merge_tokens)
         hop_s = time.hop_latency_s + self.tokens * time.hop_token_s
-        seconds = [time.overhead_s + layers * layer_s + hop_s for layers in time.stage_layers]
-        head_s = self._constants.head.read(self.samples)
-        seconds[-1] = time.overhead_s + time.stage_layers[-1] * layer_s + head_s
-        return tuple(seconds)
+        seconds = [overhead_s + layers * layer_s + hop_s for layers in time.stage_layers]
+        head_s = self._constants.head[self.samples]
+        seconds[-1] = overhead_s + time.stage_layers[-1] * layer_s + head_s
+        answer = tuple(seconds)
+        self._constants.stages = work, answer
+        return answer
 
     def largest_chunk(
         self,
@@ -276,27 +302,11 @@ class StepLoad:
         """
         if most_tokens < at_least:
             return 0
-        time = self._time
-        pair_s, key_s = time.pair_s, time.key_s
-        held, attention_s, samples = self.tokens, self._attention_s, self.samples + 1
-        merged, others = self._merge_tokens, kvp_groups - 1
-
-        def seconds(chunk: int) -> float:
-            pairs, keys = chunk * prefix_tokens, prefix_tokens
-            if not keys_only:
-                pairs += chunk * (chunk + 1) // 2
-                keys += chunk
-            return self._seconds(
-                held + chunk,
-                attention_s + max(pairs * pair_s, keys * key_s),
-                merged + chunk * others,
-                samples,
-            )
-
+        seconds = self._with_chunk(prefix_tokens, kvp_groups - 1, keys_only=keys_only)
         high, high_s = most_tokens, seconds(most_tokens)
         if high_s <= budget_s:
             return high
-        low, low_s = at_least, seconds(at_least)
+        low, low_s = at_least, high_s if at_least == most_tokens else seconds(at_least)
         if low_s > budget_s:
             return 0
         readings = 0
@@ -314,9 +324,47 @@ class StepLoad:
                 high, high_s = chunk, chunk_s
         return low
 
+    def _with_chunk(
+        self, prefix_tokens: int, others: int, *, keys_only: bool
+    ) -> Callable[[int], float]:
+        """The function from a chunk's tokens to `seconds()` with that chunk added.
+
+        What does not change with the chunk is read once, the rest is `_seconds` and `add_chunk`
+        written out, with the same operations in the same order: the packer asks several times a
+        step, and an answer must not depend on who asks.
+        """
+        time = self._time
+        pair_s, key_s = time.pair_s, time.key_s
+        comm_latency_s, comm_token_s = time.comm_latency_s, time.comm_token_s
+        merge_latency_s, merge_token_s = time.merge_latency_s, time.merge_token_s
+        hop_latency_s, hop_token_s = time.hop_latency_s, time.hop_token_s
+        matmul_s = self._constants.matmul
+        overhead_s, layers, hops = self._overhead_s, self._layers, self._hops
+        head_s = self._constants.head[self.samples + 1] if self._head else 0.0
+        held, attention_s, merged = self.tokens, self._attention_s, self._merge_tokens
+
+        def seconds(chunk: int) -> float:
+            tokens = held + chunk
+            pairs, keys = chunk * prefix_tokens, prefix_tokens
+            if not keys_only:
+                pairs += chunk * (chunk + 1) // 2
+                keys += chunk
+            compute_s, read_s = pairs * pair_s, keys * key_s
+            layer_s = matmul_s[tokens] + (attention_s + max(compute_s, read_s))
+            layer_s += comm_latency_s + tokens * comm_token_s
+            merge_tokens = merged + chunk * others
+            if merge_tokens:
+                layer_s += merge_latency_s + merge_tokens * merge_token_s
+            step_s = overhead_s + layers * layer_s
+            if hops:
+                step_s += hops * (hop_latency_s + tokens * hop_token_s)
+            return step_s + head_s
+
+        return seconds
+
     def _layer_s(self, tokens: int, attention_s: float, merge_tokens: int) -> float:
         time = self._time
-        layer_s = self._constants.matmul.read(tokens) + attention_s
+        layer_s = self._constants.matmul[tokens] + attention_s
         if tokens:
             layer_s += time.comm_latency_s + tokens * time.comm_token_s
         if merge_tokens:
@@ -330,5 +378,5 @@ class StepLoad:
         if self._hops:
             seconds += self._hops * (time.hop_latency_s + tokens * time.hop_token_s)
         if self._head:
-            seconds += self._constants.head.read(samples)
+            seconds += self._constants.head[samples]
         return seconds

@@ -30,6 +30,8 @@ WORKLOAD_DURATION_S = 300.0
 
 MOST_REQUESTS = 10_000_000
 """What a run may offer at most: some gigabytes of requests and records."""
+LEAST_QPS = 1e-9
+"""One request in thirty years."""
 
 
 class Offered(Struct, frozen=True, kw_only=True):
@@ -92,6 +94,8 @@ def _check(load: Load) -> None:
     for flag, value in (("--qps", load.qps), ("--duration", load.duration_s)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{flag} {value}: must be above 0 and finite")
+    if load.qps is not None and load.qps < LEAST_QPS:
+        raise UsageError(f"--qps {load.qps:g}: must be at least {LEAST_QPS:g}")
     if load.qps is not None and load.duration_s is not None:
         flags = f"--qps {load.qps:g} for --duration {load.duration_s:g}"
         _check_count(load.qps * load.duration_s, flags)
@@ -101,7 +105,7 @@ def _check(load: Load) -> None:
 
 def _rate(load: Load, source: str) -> float:
     if load.qps is None:
-        raise UsageError(f"{source} has no arrivals: say --qps, the mean requests a second")
+        raise UsageError(f"{source}: --qps is needed, the mean requests a second")
     return load.qps
 
 

@@ -3,6 +3,8 @@
     arrive -> waiting (prefill to do) -> finishing (last chunk in flight) -> running -> end
                  ^______________________________ evict _________________________|
 
+With an executor that feeds tokens back, a finishing request is among the running ones already.
+
 The engine and the packer share one Book; nothing else changes it.
 """
 
@@ -14,6 +16,7 @@ from runtime.columns import Columns
 from runtime.executor.base import NewPages
 from runtime.kvcache import PagePools
 from runtime.request import Request, Sequence
+from runtime.running import Running
 from runtime.scheduler.policy import Prefills
 
 WAITING = {
@@ -32,29 +35,24 @@ WAITING = {
     "recent": np.bool_,
     "long": np.bool_,
 }
-RUNNING = {
-    "number": np.int64,
-    "prefix": np.int64,
-    "generated": np.int64,
-    "max_tokens": np.int64,
-    "home": np.int64,
-    "last_token_s": np.float64,
-    "tbt_s": np.float64,
-    "own_tbt": np.bool_,
-    "in_flight": np.bool_,
-    "long": np.bool_,
-}
+FOREVER_S = 1e9
+"""Deadline of a request that has all the time in the world: policies need finite keys."""
 
 
 class Book:
-    """State of all live requests: `waiting` and `running` are columns, `sequences` the rest."""
+    """State of all live requests; of waiting ones as columns too, since policies rank thousands."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Empty, with the plan's page pools and work table."""
+    def __init__(self, plan: Plan, *, ahead: bool = False) -> None:
+        """Empty, with the plan's page pools and work table.
+
+        ahead  a request may decode while its last token is still in flight: the executor feeds
+               tokens back by itself
+        """
         self.plan = plan
+        self.ahead = ahead
         self.sequences: dict[int, Sequence] = {}
         self.waiting = Columns(WAITING)
-        self.running = Columns(RUNNING)
+        self.running = Running()
         self.pools = PagePools(
             groups=plan.parallelism.kvp,
             pages=plan.kv.pages_per_rank,
@@ -62,6 +60,7 @@ class Book:
             shard_tokens=plan.kv.tokens_per_kvp_shard,
         )
         self.work = WorkTable(plan.prefill.chunks, plan.step_time, plan.kv.tokens_per_kvp_shard)
+        self.work.solo_s(plan.limits.context_tokens)  # made whole before anybody waits for it
         self.steps = 0
         """Steps submitted."""
         self.served_tokens = 0
@@ -87,9 +86,10 @@ class Book:
             tbt_s = named.tbt_s
         sequence = Sequence(
             request=request,
-            deadline_s=deadline_s,
+            deadline_s=min(deadline_s, FOREVER_S),
             work_s=work_s,
             tbt_s=targets.tbt_s if tbt_s is None else tbt_s,
+            long=request.prompt_tokens >= self.plan.scheduler.long_tokens,
             served_before=self.served_tokens,
         )
         self.sequences[request.number] = sequence
@@ -98,13 +98,15 @@ class Book:
 
     def _wait(self, sequence: Sequence) -> None:
         request = sequence.request
+        if sequence.generated:
+            sequence.whole_s = self.work.solo_s(sequence.length)
         self.waiting.add(
             {
                 "number": request.number,
                 "arrival_s": request.arrival_s,
                 "deadline_s": sequence.deadline_s,
                 "work_s": sequence.work_s,
-                "remaining_s": self.work.solo_s(sequence.length),
+                "remaining_s": sequence.whole_s,
                 "prompt_tokens": request.prompt_tokens,
                 "prefix": sequence.scheduled,
                 "missing_tokens": sequence.missing,
@@ -113,13 +115,13 @@ class Book:
                 "served_before": sequence.served_before,
                 "started": False,
                 "recent": False,
-                "long": request.prompt_tokens >= self.plan.scheduler.long_tokens,
+                "long": sequence.long,
             }
         )
 
     def prefills(self) -> Prefills:
         """What a policy may see of the waiting requests."""
-        waiting = self.waiting
+        waiting = self.waiting.views
         return Prefills(
             number=waiting["number"],
             arrival_s=waiting["arrival_s"],
@@ -145,64 +147,56 @@ class Book:
 
     def submit_chunk(self, sequence: Sequence, tokens: int) -> bool:
         """Moves the cursor over a chunk whose pages it has; True where that ends the prefill."""
-        sequence.scheduled += tokens
+        scheduled = sequence.scheduled + tokens
+        sequence.scheduled = scheduled
         sequence.in_flight += 1
         self.served_tokens += tokens
-        if sequence.missing == 0:
+        missing = sequence.length - scheduled
+        if missing == 0:
             self.waiting.remove(sequence.number)
+            if self.ahead:  # its first token is on the way, and may be decoded from as any other
+                self.running.add(sequence)
             return True
-        row = self.waiting.row(sequence.number)
-        waiting = self.waiting
-        waiting["started"][row] = True
-        waiting["recent"][row] = True
-        waiting["home"][row] = sequence.home
-        waiting["newest"][row] = self.pools.newest_group(sequence.home, sequence.scheduled)
-        waiting["prefix"][row] = sequence.scheduled
-        waiting["missing_tokens"][row] = sequence.missing
-        waiting["remaining_s"][row] = self.work.remaining_s(sequence.length, sequence.scheduled)
+        self.waiting.update(
+            sequence.number,
+            prefix=scheduled,
+            missing_tokens=missing,
+            remaining_s=max(sequence.whole_s - self.work.solo_s(scheduled), 0.0),
+            home=sequence.home,
+            newest=self.pools.newest_group(sequence.home, scheduled),
+            started=True,
+            recent=True,
+        )
         return False
 
     def decode(self, sequence: Sequence, now_s: float) -> None:
         """The prefill has ended and sampled: from now on one token a step."""
-        request = sequence.request
-        self.running.add(
-            {
-                "number": request.number,
-                "prefix": sequence.scheduled,
-                "generated": sequence.generated,
-                "max_tokens": request.max_tokens,
-                "home": sequence.home,
-                "last_token_s": now_s,
-                "tbt_s": sequence.tbt_s,
-                "own_tbt": request.tbt_target_s is not None,
-                "in_flight": False,
-                "long": request.prompt_tokens >= self.plan.scheduler.long_tokens,
-            }
-        )
+        sequence.last_token_s = now_s
+        if sequence.number not in self.running:
+            self.running.add(sequence)
 
-    def sync(self, sequence: Sequence) -> None:
-        """Copies what the columns know of a running request into its sequence."""
-        number = sequence.number
-        if number in self.running:
-            row = self.running.row(number)
-            sequence.generated = int(self.running["generated"][row])
-            prefix = int(self.running["prefix"][row])
-            sequence.in_flight = int(self.running["in_flight"][row])
-            sequence.computed = prefix
-            sequence.scheduled = prefix + sequence.in_flight
-            sequence.last_token_s = float(self.running["last_token_s"][row])
+    def ready(self) -> list[Sequence]:
+        """Running requests that may decode one more token now, row by row."""
+        if not self.ahead:
+            return [each for each in self.running.rows if not each.in_flight]
+        return [
+            each
+            for each in self.running.rows
+            if each.in_flight <= 1 and each.generated + each.in_flight < each.request.max_tokens
+        ]
 
     def evict(self, sequence: Sequence) -> None:
         """Takes all pages of a request that has nothing in flight; it will be recomputed."""
-        self.sync(sequence)
         assert sequence.in_flight == 0, f"request {sequence.number} is in flight"
         self.pools.release(sequence)
         self.holders.pop(sequence.number, None)
         sequence.prefix_lost += sequence.computed
         sequence.evictions += 1
         sequence.scheduled = sequence.computed = 0
-        table = self.running if sequence.number in self.running else self.waiting
-        table.remove(sequence.number)
+        if sequence.number in self.running:
+            self.running.remove(sequence.number)
+        else:
+            self.waiting.remove(sequence.number)
         self._wait(sequence)
         self.new_pages = [each for each in self.new_pages if each.request != sequence.number]
         self.evicted.append(sequence.number)
@@ -213,7 +207,6 @@ class Book:
         Work of it may be in flight: later steps that get its pages run after that on every stage.
         """
         number = sequence.number
-        self.sync(sequence)
         for table in (self.waiting, self.running):
             if number in table:
                 table.remove(number)
@@ -226,7 +219,6 @@ class Book:
     def check_integrity(self) -> None:
         """Raises AssertionError where columns, sequences and pools disagree."""
         for sequence in self.sequences.values():
-            self.sync(sequence)
             places = (sequence.number in self.waiting) + (sequence.number in self.running)
             finishing = sequence.missing == 0 and sequence.in_flight > 0 and places == 0
             assert places == 1 or finishing, f"request {sequence.number} is in {places} places"

@@ -54,6 +54,9 @@ def run(
         typer.Option(help="Folder with tokenizer.json, or `none`; default the weights folder."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+    graphs: Annotated[
+        bool, typer.Option("--graphs/--no-graphs", help="Run decode steps as CUDA graphs.")
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no table.")] = False,
 ) -> None:
     """Generates an answer for every request of a file."""
@@ -80,7 +83,13 @@ def run(
         with _progress(plan.name, quiet=quiet) as show:
             offline = OfflineRun(jobs, reader, on_progress=show)
             results = _generate(
-                loaded, offline, scheduling, weights=weights, seed=seed, place=place
+                loaded,
+                offline,
+                scheduling,
+                weights=weights,
+                seed=seed,
+                place=place,
+                graphs=graphs,
             )
     except KeyboardInterrupt:
         print("interrupted; no results were written", file=sys.stderr)
@@ -131,6 +140,7 @@ def _generate(
     weights: str,
     seed: int,
     place: "Torchrun | None",
+    graphs: bool,
 ) -> "list[Result]":
     """Loads what is large, and runs: here, or on the ranks of the plan."""
     from runtime.clock import WallClock
@@ -151,7 +161,7 @@ def _generate(
         if weights == RANDOM
         else load_weights(weights, program.parameters, device=device)
     )
-    executor = LiveExecutor(plan, program, tensors, clock=clock)
+    executor = LiveExecutor(plan, program, tensors, clock=clock, graphs=graphs)
     executor.warm_up()
     return offline.run(plan, [executor], clock, scheduling)
 

@@ -2,15 +2,17 @@
 
 JSON lines. The first is a header (plan hash, policy); then, in the order in which the engine did
 them: arrivals with the time read, cancellations, packing attempts with the time read and the step
-that came of them (None where nothing could run), and results with stage times, end and stops.
+that came of them (None where nothing could run), and results with stage times, end and stops. The
+last line says that the engine was closed, so that a log of which a part is missing is noticed.
 `replay` feeds them to a fresh engine and compares every step: the same log gives the same schedule,
 whether it was written by a live run or by a simulation.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import msgspec
 import numpy as np
@@ -25,6 +27,8 @@ from runtime.outputs import written_whole
 from runtime.request import Record, Request
 from runtime.scheduler import load_policy
 
+Target = Literal["ttft_target_s", "tbt_target_s"]
+
 
 class Header(Struct, frozen=True, kw_only=True, tag="header", forbid_unknown_fields=True):
     """What was decided for and by whom."""
@@ -33,6 +37,8 @@ class Header(Struct, frozen=True, kw_only=True, tag="header", forbid_unknown_fie
     policy: str
     learn: bool
     """Whether measured steps corrected the step-time formula."""
+    ahead: bool = False
+    """Whether decodes were packed before their last token was there."""
 
 
 class Arrived(Struct, frozen=True, kw_only=True, tag="arrived", forbid_unknown_fields=True):
@@ -40,6 +46,8 @@ class Arrived(Struct, frozen=True, kw_only=True, tag="arrived", forbid_unknown_f
 
     at_s: float
     request: Request
+    infinite: tuple[Target, ...] = ()
+    """Targets of the request that are infinite, which JSON cannot say."""
 
 
 class Cancelled(Struct, frozen=True, kw_only=True, tag="cancelled", forbid_unknown_fields=True):
@@ -67,7 +75,17 @@ class Collected(Struct, frozen=True, kw_only=True, tag="collected", forbid_unkno
     """Requests that ended by their text, with the reason."""
 
 
-Line = Header | Arrived | Cancelled | Packed | Collected
+class Closed(Struct, frozen=True, kw_only=True, tag="closed", forbid_unknown_fields=True):
+    """The run was over; the last line."""
+
+    at_s: float
+    reason: str
+    """What the requests ended by that were left."""
+    lines: int
+    """Lines before this one."""
+
+
+Line = Header | Arrived | Cancelled | Packed | Collected | Closed
 
 
 class Replayed(Struct, frozen=True, kw_only=True):
@@ -84,15 +102,26 @@ class ReplayMismatch(MedhaError):
 class DecisionLog:
     """Writes lines as the engine works; give one to the engine."""
 
-    def __init__(self, file: IO[bytes], plan: Plan, policy: str, *, learn: bool = False) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        plan: Plan,
+        policy: str,
+        *,
+        learn: bool = False,
+        ahead: bool = False,
+    ) -> None:
         """Writes the header."""
         self._file = file
         self._encoder = msgspec.json.Encoder()
-        self._write(Header(plan_hash=content_hash(plan), policy=policy, learn=learn))
+        self._lines = 0
+        self._write(Header(plan_hash=content_hash(plan), policy=policy, learn=learn, ahead=ahead))
 
     def arrived(self, request: Request, now_s: float) -> None:
         """Notes an admission."""
-        self._write(Arrived(at_s=now_s, request=request))
+        targets: tuple[Target, ...] = ("ttft_target_s", "tbt_target_s")
+        infinite = tuple(each for each in targets if getattr(request, each) == math.inf)
+        self._write(Arrived(at_s=now_s, request=request, infinite=infinite))
 
     def cancelled(self, number: int, now_s: float) -> None:
         """Notes a cancellation."""
@@ -113,18 +142,28 @@ class DecisionLog:
             )
         )
 
+    def closed(self, reason: str, now_s: float) -> None:
+        """Ends the log."""
+        self._write(Closed(at_s=now_s, reason=reason, lines=self._lines))
+
     def _write(self, line: Line) -> None:
         self._file.write(self._encoder.encode(line) + b"\n")
+        self._lines += 1
 
 
 @contextmanager
-def decision_log(path: Path | None, plan: Plan, policy: str) -> Iterator[DecisionLog | None]:
-    """A log that appears under its name when the run is over; None where none is wanted."""
+def decision_log(
+    path: Path | None, plan: Plan, policy: str, *, learn: bool = False, ahead: bool = False
+) -> Iterator[DecisionLog | None]:
+    """A log that appears under its name when the run is over; None where none is wanted.
+
+    learn, ahead  what the engine was made with
+    """
     if path is None:
         yield None
         return
     with written_whole(path) as partial, partial.open("wb") as file:
-        yield DecisionLog(file, plan, policy)
+        yield DecisionLog(file, plan, policy, learn=learn, ahead=ahead)
 
 
 def plain(step: Step) -> dict[str, Any]:
@@ -181,8 +220,8 @@ class _Scripted:
 def replay(plan: Plan, lines: Iterable[Line], where: str = "decision log") -> Replayed:
     """Decides a run again and compares step by step.
 
-    errors  InvalidFile for a log without header or with a result of no step; BundleMismatch for
-            another plan; ReplayMismatch at the first step that differs, with both
+    errors  InvalidFile for a log without header or end, or with a result of no step;
+            BundleMismatch for another plan; ReplayMismatch at the first step that differs
     """
     rest = iter(lines)
     header = next(rest, None)
@@ -196,6 +235,7 @@ def replay(plan: Plan, lines: Iterable[Line], where: str = "decision log") -> Re
     run = _Replay(plan, header, where)
     for line in rest:
         run.take(line)
+    run.check_end()
     return Replayed(steps=run.engine.book.steps, records=tuple(run.engine.records))
 
 
@@ -204,6 +244,8 @@ class _Replay:
 
     def __init__(self, plan: Plan, header: Header, where: str) -> None:
         self._where = where
+        self._lines = 1
+        self._closed = False
         self._script = _Scripted()
         self._steps: dict[int, Step] = {}
         self._stops: dict[int, str] = {}
@@ -214,13 +256,18 @@ class _Replay:
             load_policy(header.policy, plan.scheduler),
             on_token=lambda number, _: self._stops.get(number),
             learn=header.learn,
+            ahead=header.ahead,
         )
 
     def take(self, line: Line) -> None:
         """Does what the line says."""
+        if self._closed:
+            raise InvalidFile(self._where, f"line {self._lines + 1}", "stands behind the end")
         match line:
             case Arrived():
-                self.engine.admit(line.request, line.at_s)
+                infinite = dict.fromkeys(line.infinite, math.inf)
+                request = msgspec.structs.replace(line.request, **infinite)
+                self.engine.admit(request, line.at_s)
             case Cancelled():
                 self.engine.forget(line.request, line.at_s)
             case Packed():
@@ -231,8 +278,25 @@ class _Replay:
                     raise InvalidFile(self._where, f"step {line.step_id}", problem)
                 self._stops.update(line.stops)
                 self.engine.collect(_result(self._steps.pop(line.step_id), line))
+            case Closed():
+                self._close(line)
             case Header():
                 raise InvalidFile(self._where, "", "has a second header")
+        self._lines += 1
+
+    def check_end(self) -> None:
+        """Raises InvalidFile where the log breaks off."""
+        if not self._closed:
+            problem = "the log breaks off: its last line must say that the engine was closed"
+            raise InvalidFile(self._where, f"line {self._lines}", problem)
+
+    def _close(self, line: Closed) -> None:
+        if line.lines != self._lines:
+            problem = f"ends a log of {line.lines} lines before it, and here are {self._lines}"
+            raise InvalidFile(self._where, f"line {self._lines + 1}", problem)
+        self._script.at_s = line.at_s
+        self.engine.close(line.reason)
+        self._closed = True
 
     def _pack(self, line: Packed) -> None:
         step = self.engine.decide(line.at_s)

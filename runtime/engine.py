@@ -7,22 +7,20 @@ steps follow each other as soon as the first stage is free.
 
 import heapq
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
-
-import numpy as np
+from array import array
+from collections import deque
+from collections.abc import Callable, MutableSequence
+from typing import Protocol
 
 from plans.errors import Refused
 from plans.plan import Plan
 from runtime.book import Book
 from runtime.clock import Clock
-from runtime.columns import NO_ROW
 from runtime.executor.base import Chunk, Executor, Step, StepResult
 from runtime.request import NEVER, Record, Request, Sequence
 from runtime.scheduler import Scheduling
 from runtime.scheduler.compose import composer_of
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 OnToken = Callable[[int, int], str | None]
 """(request number, token) -> why the request stops here ("stop"), or None to go on."""
 
@@ -70,6 +68,14 @@ class Log(Protocol):
         """A step ended; stops are the requests that ended by their text."""
         ...
 
+    def closed(self, reason: str, now_s: float) -> None:
+        """The run is over: whoever had not ended was recorded with the reason."""
+        ...
+
+
+def _kept_gaps(keep: int | None) -> MutableSequence[float]:
+    return array("d") if keep is None else deque(maxlen=keep)
+
 
 class Engine:
     """Serves requests on one replica of a plan."""
@@ -85,16 +91,23 @@ class Engine:
         observer: Observer | None = None,
         log: Log | None = None,
         learn: bool = False,
+        ahead: bool = False,
+        keep: int | None = None,
     ) -> None:
         """Starts empty.
 
         on_token  called for each token of a live run, in order
         learn     correct the step-time formula by measured steps (live runs)
+        ahead     the executor feeds tokens back on the device, so that a request's next token is
+                  packed before its last one is here; what it computes beyond a stop is dropped
+        keep      the newest records, and gaps of each class, that stay in memory; None keeps all,
+                  as a simulation of known length needs. The observer has every record in any case
         """
-        self.book = Book(plan)
-        self.records: list[Record] = []
-        self.gaps: dict[str, list[Floats]] = {"short": [], "long": []}
-        """Seconds between tokens, by class; one array a step."""
+        self.book = Book(plan, ahead=ahead)
+        self.records: deque[Record] = deque(maxlen=keep)
+        """Of requests that ended, in the order of their ends."""
+        self.gaps = {"short": _kept_gaps(keep), "long": _kept_gaps(keep)}
+        """Seconds between tokens, by class of the request."""
         self._plan = plan
         self._executor = executor
         self._clock = clock
@@ -103,19 +116,27 @@ class Engine:
         self._observer = observer
         self._log = log
         self._stops: dict[int, str] = {}
+        self._retiring = False
+        self._cancels: list[int] = []
+        """Requests cancelled while a step is retired."""
         self._learn = learn
         self._arrivals: list[tuple[float, int, Request]] = []
+        self._coming: set[int] = set()
+        """Numbers of those."""
 
     def add(self, request: Request) -> None:
         """Takes a request that arrives at its arrival_s, now or later; its number is new.
 
-        Raises Refused where it can never be served: it is longer than the context limit, has no
-        tokens, or a time that is no number.
+        A target may be infinite: then any time will do. Raises Refused where it can never be
+        served: it is longer than the context limit, has no tokens, or a time that is no number.
         """
         targets = (request.ttft_target_s, request.tbt_target_s)
-        times = [request.arrival_s, *(each for each in targets if each is not None)]
-        if not all(math.isfinite(each) for each in times):
-            raise Refused(f"request {request.number}: times {times} must be finite seconds")
+        known = all(each is None or each > -math.inf for each in targets)
+        if not math.isfinite(request.arrival_s) or not known:
+            raise Refused(
+                f"request {request.number}: arrival {request.arrival_s} s, targets {targets[0]} "
+                f"and {targets[1]} s; an arrival must be finite, a target a number or infinite"
+            )
         limit = self._plan.limits.context_tokens
         if request.prompt_tokens < 1 or request.max_tokens < 1:
             raise Refused(
@@ -128,10 +149,22 @@ class Engine:
                 f"{request.max_tokens} new ones exceed the context limit of {limit} tokens; "
                 f"nearest: max_tokens {max(limit - request.prompt_tokens, 0)}"
             )
+        if request.number in self._coming or request.number in self.book.sequences:
+            raise Refused(
+                f"request {request.number}: another request has this number; take a new one"
+            )
+        self._coming.add(request.number)
         heapq.heappush(self._arrivals, (request.arrival_s, request.number, request))
 
     def cancel(self, number: int) -> None:
-        """Ends a request in whatever state it is; does nothing where it has ended already."""
+        """Ends a request in whatever state it is; does nothing where it has ended already.
+
+        Called while a step is retired (from on_token, or by an observer), it acts as soon as that
+        is done: half of a step's results are no state that a log could hold.
+        """
+        if self._retiring:
+            self._cancels.append(number)
+            return
         early = [entry for entry in self._arrivals if entry[1] == number]
         if not early and number not in self.book.sequences:
             return
@@ -140,6 +173,7 @@ class Engine:
             self._log.cancelled(number, now_s)
         for entry in early:
             self._arrivals.remove(entry)
+            self._coming.discard(number)
             heapq.heapify(self._arrivals)
         self.forget(number, now_s)
 
@@ -161,35 +195,43 @@ class Engine:
     def close(self, reason: str = "unfinished") -> None:
         """Records every request that has arrived and not ended, as unfinished or as failed."""
         now_s = self._clock.now_s()
+        self._retiring = True  # nobody is left to cancel when this is done
         for sequence in list(self.book.sequences.values()):
             self._end(sequence, reason, now_s)
+        self._retiring, self._cancels = False, []
+        if self._log is not None:
+            self._log.closed(reason, now_s)
 
     def tick(self, until_s: float | None = None) -> bool:
         """One turn of the loop; False when there is nothing more to do."""
+        executor = self._executor
         self._admit()
-        while self._executor.can_submit():
+        while executor.can_submit():
             step = self.decide(self._clock.now_s())
             if step is None:
                 break
-            self._executor.submit(step)
+            executor.submit(step)
         wake_s = self._arrivals[0][0] if self._arrivals else None
         if until_s is not None:
             wake_s = until_s if wake_s is None else min(wake_s, until_s)
-        if not self._executor.in_flight():
+        if not executor.in_flight():
             if not self._arrivals:
                 assert not self.book.sequences, "requests wait and nothing runs"
                 return False
             # not the clock: an executor of many processes looks after them while it waits
-            self._executor.wait(until_s=wake_s)
+            executor.wait(until_s=wake_s)
         else:
-            for result in self._executor.wait(until_s=wake_s):
+            for result in executor.wait(until_s=wake_s):
                 self.collect(result)
         return until_s is None or self._clock.now_s() < until_s
 
     def _admit(self) -> None:
+        if not self._arrivals:
+            return
         now_s = self._clock.now_s()
         while self._arrivals and self._arrivals[0][0] <= now_s:
-            _, _, request = heapq.heappop(self._arrivals)
+            _, number, request = heapq.heappop(self._arrivals)
+            self._coming.discard(number)
             self.admit(request, now_s)
 
     def admit(self, request: Request, now_s: float) -> None:
@@ -211,6 +253,16 @@ class Engine:
 
     def collect(self, result: StepResult) -> None:
         """Retires a step: cursors, first tokens, decodes, ends."""
+        self._retiring = True
+        try:
+            self._retire(result)
+        finally:
+            self._retiring = False
+        cancels, self._cancels = self._cancels, []
+        for number in cancels:
+            self.cancel(number)
+
+    def _retire(self, result: StepResult) -> None:
         if self._observer is not None:
             self._observer.collected(result)
         if self._learn:
@@ -237,8 +289,7 @@ class Engine:
         if sequence.first_token_s != sequence.first_token_s:
             sequence.first_token_s = now_s
         else:  # a recomputed request goes on where it was
-            gap = np.array([now_s - sequence.last_token_s])
-            self.gaps["long" if self._long(sequence) else "short"].append(gap)
+            self.gaps["long" if sequence.long else "short"].append(now_s - sequence.last_token_s)
         sequence.last_token_s = now_s
         reason = self._stop_reason(sequence.number, result)
         if reason is None and sequence.generated >= sequence.request.max_tokens:
@@ -249,29 +300,21 @@ class Engine:
             self.book.decode(sequence, now_s)
 
     def _collect_decodes(self, result: StepResult, now_s: float) -> None:
-        running = self.book.running
-        rows = running.rows(result.step.decodes)
-        rows = rows[rows != NO_ROW]
-        if not len(rows):
-            return
-        gaps = now_s - running["last_token_s"][rows]
-        long = running["long"][rows]
-        self.gaps["short"].append(gaps[~long])
-        if long.any():
-            self.gaps["long"].append(gaps[long])
-        running["last_token_s"][rows] = now_s
-        running["prefix"][rows] += 1
-        running["generated"][rows] += 1
-        running["in_flight"][rows] = False
-        full = running["generated"][rows] >= running["max_tokens"][rows]
-        ending = dict.fromkeys(running["number"][rows[full]].tolist(), "length")
-        if self._on_token is not None:
-            for number in running["number"][rows].tolist():
-                reason = self._stop_reason(number, result)
-                if reason is not None:
-                    ending[number] = reason
-        for number, reason in ending.items():
-            self._end(self.book.sequences[number], reason, now_s)
+        short, long, on_token = self.gaps["short"], self.gaps["long"], self._on_token
+        ending: list[tuple[Sequence, str]] = []
+        for sequence in self.book.running.among(result.step.decodes.tolist()):
+            (long if sequence.long else short).append(now_s - sequence.last_token_s)
+            sequence.last_token_s = now_s
+            sequence.computed += 1
+            sequence.generated += 1
+            sequence.in_flight -= 1
+            reason = None if on_token is None else self._stop_reason(sequence.number, result)
+            if reason is None and sequence.generated >= sequence.request.max_tokens:
+                reason = "length"
+            if reason is not None:
+                ending.append((sequence, reason))
+        for sequence, reason in ending:
+            self._end(sequence, reason, now_s)
 
     def _stop_reason(self, number: int, result: StepResult) -> str | None:
         if self._on_token is None:
@@ -280,9 +323,6 @@ class Engine:
         if reason is not None:
             self._stops[number] = reason
         return reason
-
-    def _long(self, sequence: Sequence) -> bool:
-        return sequence.request.prompt_tokens >= self._plan.scheduler.long_tokens
 
     def _end(self, sequence: Sequence, reason: str, now_s: float) -> None:
         self.book.end(sequence)

@@ -38,7 +38,8 @@ class PagePools:
         shard = (end - 1) // self.shard_tokens
         inside = end - shard * self.shard_tokens
         held = len(sequence.pages[shard]) if shard < len(sequence.pages) else 0
-        return max(-(-inside // self.page_tokens) - held, 0)
+        missing = -(-inside // self.page_tokens) - held
+        return max(0, missing)
 
     def room_tokens(self, sequence: Sequence, prefix: int, pages: int) -> int:
         """Tokens from `prefix` on that fit its shard when `pages` further pages are taken."""
@@ -55,9 +56,12 @@ class PagePools:
         shard = (end - 1) // self.shard_tokens
         group = self.group_of(sequence.home, shard)
         count = self.missing_pages(sequence, end)
+        if not count:
+            return ()
         free, held = self._free[group], self._held[group]
         assert count <= len(free), (sequence.number, count, len(free))
-        taken = tuple(free.pop() for _ in range(count))
+        taken = tuple(free[: -count - 1 : -1])
+        del free[-count:]
         for page in taken:
             held[page] = 1
         while len(sequence.pages) <= shard:

@@ -10,8 +10,9 @@ import importlib
 import importlib.util
 import linecache
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec, all_suffixes
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,25 @@ class StageProgram:
 
     parameters: tuple[Parameter, ...]
     forward: Forward
+    recordable: bool = False
+    """Steps may be recorded as CUDA graphs: nothing in them waits for the device or speaks to
+    another rank. All of a step of decodes; of another step what is not in `apart`."""
+    apart: tuple[str, ...] = ()
+    """Ops whose launches follow the lengths of a step's sequences."""
+    selects: str | None = None
+    """Op behind which only the sampled rows are left."""
+    namespace: dict[str, Any] = field(default_factory=dict)
+    """The module's own, in which `forward` finds its ops."""
+
+    @contextmanager
+    def replacing(self, ops: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+        """Inside, `forward` calls these in place of the ops of their names."""
+        kept = {name: self.namespace[name] for name in ops}
+        try:
+            self.namespace.update(ops)
+            yield
+        finally:
+            self.namespace.update(kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +85,10 @@ class Bundle:
         return StageProgram(
             parameters=_parameters(self.folder / path, module),
             forward=_export(self.folder / path, module, "forward"),
+            recordable=bool(getattr(module, "RECORDABLE", False)),
+            apart=tuple(getattr(module, "APART", ())),
+            selects=getattr(module, "SELECTS", None),
+            namespace=vars(module),
         )
 
 

@@ -47,6 +47,14 @@ class Sequence:
     work_s: float
     """Predicted seconds of its lone prefill; fixed at arrival."""
     tbt_s: float
+    long: bool = False
+    """Its class in reports and for the packer."""
+    number: int = field(init=False)
+    """The request's number."""
+    own_tbt: bool = field(init=False)
+    """The request has a target of its own between tokens."""
+    whole_s: float = field(init=False)
+    """Predicted seconds of the prefill that it has to do: more than work_s where it was evicted."""
     served_before: int = 0
     """Prefill tokens that the engine had submitted, of all requests, when this one arrived."""
     scheduled: int = 0
@@ -64,10 +72,11 @@ class Sequence:
     first_token_s: float = NEVER
     last_token_s: float = NEVER
 
-    @property
-    def number(self) -> int:
-        """The request's number."""
-        return self.request.number
+    def __post_init__(self) -> None:
+        """Fills what is read in every step."""
+        self.number = self.request.number
+        self.own_tbt = self.request.tbt_target_s is not None
+        self.whole_s = self.work_s
 
     @property
     def length(self) -> int:

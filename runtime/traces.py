@@ -116,7 +116,10 @@ def read_trace(path: Path) -> Trace | Workload:
             return _trace(path, rows, _columns(path, names))
     except FileNotFoundError:
         raise InvalidFile(str(path), "", "no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except UnicodeDecodeError:
+        line = _undecodable(path)
+        raise InvalidFile(str(path), f"line {line}", "is not UTF-8 text") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise InvalidFile(str(path), "", f"cannot be read: {error}") from None
 
 
@@ -131,9 +134,24 @@ def _opened(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig", newline="")
 
 
+def _undecodable(path: Path) -> int:
+    """The first line that is not UTF-8; readers decode ahead, so they do not know."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError(f"{path} is UTF-8 text after all")
+
+
 def _csv_records(path: Path, file: IO[str]) -> Iterator[Line]:
-    reader = csv.DictReader(file)
+    reader = csv.DictReader(file, strict=True)
     try:
+        names = reader.fieldnames or ()
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InvalidFile(str(path), "line 1", f"column {twice!r} stands twice")
         for record in reader:
             columns = len(reader.fieldnames or ())
             if None in record or None in record.values():
@@ -146,7 +164,8 @@ def _csv_records(path: Path, file: IO[str]) -> Iterator[Line]:
                 )
             yield reader.line_num, record
     except csv.Error as error:
-        raise InvalidFile(str(path), f"line {reader.line_num}", str(error)) from None
+        # of the inner reader: the outer one counts a line once it has been read without an error
+        raise InvalidFile(str(path), f"line {reader.reader.line_num}", str(error)) from None
 
 
 def _json(path: Path, file: IO[str]) -> Iterator[Line]:

@@ -11,6 +11,8 @@ from runtime.clock import VirtualClock
 from runtime.executor.base import Step, StepResult
 from runtime.scheduler.loads import GroupLoads
 
+NEVER_S = float("inf")
+
 
 class SimulatedExecutor:
     """Executor over a virtual clock, for any number of stages and KVP groups."""
@@ -31,14 +33,15 @@ class SimulatedExecutor:
 
     def submit(self, step: Step) -> None:
         """Walks the step through the stages at once; wait() hands out the result in time."""
-        stage_s = self._stages_s(step)
+        stage_s = self.stages_s(step)
         leave_s = self._clock.now_s()
         for stage, seconds in enumerate(stage_s):
             leave_s = max(leave_s, self._free_s[stage]) + seconds
             self._free_s[stage] = leave_s
         self._results.append(StepResult(step=step, tokens={}, stage_s=stage_s, finished_s=leave_s))
 
-    def _stages_s(self, step: Step) -> tuple[float, ...]:
+    def stages_s(self, step: Step) -> tuple[float, ...]:
+        """What a step takes in each stage, seconds."""
         loads = GroupLoads(
             self._plan.step_time,
             groups=self._plan.parallelism.kvp,
@@ -53,16 +56,17 @@ class SimulatedExecutor:
 
     def wait(self, *, until_s: float | None) -> list[StepResult]:
         """Moves the clock to the next event: a step ends, the first stage frees, or until_s."""
-        now_s = self._clock.now_s()
-        events = [self._results[0].finished_s] if self._results else []
-        if self._free_s[0] > now_s:
-            events.append(self._free_s[0])
-        if until_s is not None:
-            events.append(until_s)
-        if events:
-            self._clock.sleep_until(min(events))
-        now_s = self._clock.now_s()
+        clock, results = self._clock, self._results
+        wake_s = results[0].finished_s if results else NEVER_S
+        first_free_s = self._free_s[0]
+        if clock.now_s() < first_free_s < wake_s:
+            wake_s = first_free_s
+        if until_s is not None and until_s < wake_s:
+            wake_s = until_s
+        if wake_s < NEVER_S:
+            clock.sleep_until(wake_s)
+        now_s = clock.now_s()
         done = []
-        while self._results and self._results[0].finished_s <= now_s:
-            done.append(self._results.popleft())
+        while results and results[0].finished_s <= now_s:
+            done.append(results.popleft())
         return done

@@ -54,6 +54,9 @@ class _Flying:
 class ParallelExecutor:
     """Executor of runtime/executor/base.py for all ranks of one replica."""
 
+    feeds_back = False
+    """Tokens travel to the first stage with the next step."""
+
     def __init__(self, plan: Plan, workers: Workers, clock: Clock) -> None:
         """Starts from empty tables on all ranks."""
         self.stages = [StageTimes() for _ in range(plan.parallelism.spp)]

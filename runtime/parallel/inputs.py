@@ -18,11 +18,10 @@ from torch import Tensor
 
 from plans.errors import MedhaError
 from plans.mesh import Coordinates
-from plans.model import DTYPE_BYTES
 from plans.ops import HostInputs
 from plans.plan import Plan
-from runtime.executor.base import Ints
 from runtime.parallel.table import Row, newest_shard
+from runtime.parallel.transfers import to_device
 from runtime.weights import TORCH_DTYPE
 
 
@@ -39,6 +38,7 @@ class PackedInputs:
     page_table_BP: Tensor
     sample_rows_R: Tensor
     host: HostInputs | None = None
+    recorded: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -49,6 +49,12 @@ class PagedCache:
     page_tokens: int
     k_pages: list[Tensor]
     v_pages: list[Tensor]
+    k_scales: list[Tensor] = field(default_factory=list)
+    v_scales: list[Tensor] = field(default_factory=list)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.k_pages, *self.v_pages, *self.k_scales, *self.v_scales]
 
 
 def shard_in(plan: Plan, row: Row, group: int) -> int:
@@ -71,7 +77,7 @@ def sampled_rows(plan: Plan, rows: Sequence[Row], group: int) -> list[Row]:
 
 
 def pack(plan: Plan, rows: Sequence[Row], group: int, device: torch.device) -> PackedInputs:
-    """Packs a group's rows, in their order; built in numpy and copied once a tensor.
+    """Packs a group's rows, in their order; built in numpy and sent in one copy.
 
     rows  of the group (rows_of_group), at least one
     """
@@ -96,18 +102,27 @@ def pack(plan: Plan, rows: Sequence[Row], group: int, device: torch.device) -> P
     slots[~writes[sequence]] = -1
     samples = [row.samples and bool(own) for row, own in zip(rows, writes, strict=True)]
 
-    def tensor(values: Ints, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(values).to(device, dtype)
-
+    token_ids_T, positions_T, slots_T, starts_B1, kv_lens_B, table_BP, rows_R = to_device(
+        [
+            np.array(ids, dtype=np.int64),
+            positions,
+            slots,
+            starts.astype(np.int32),
+            kv_lens.astype(np.int32),
+            table.astype(np.int32),
+            starts[1:][samples] - 1,
+        ],
+        device,
+    )
     return PackedInputs(
-        token_ids_T=tensor(np.array(ids, dtype=np.int64), torch.int64),
+        token_ids_T=token_ids_T,
         hidden_TD=None,
-        positions_T=tensor(positions, torch.int64),
-        slots_T=tensor(slots, torch.int64),
-        query_starts_B1=tensor(starts, torch.int32),
-        kv_lens_B=tensor(kv_lens, torch.int32),
-        page_table_BP=tensor(table, torch.int32),
-        sample_rows_R=tensor(starts[1:][samples] - 1, torch.int64),
+        positions_T=positions_T,
+        slots_T=slots_T,
+        query_starts_B1=starts_B1,
+        kv_lens_B=kv_lens_B,
+        page_table_BP=table_BP,
+        sample_rows_R=rows_R,
         host=HostInputs(
             query_starts=tuple(starts.tolist()),
             kv_lens=tuple(kv_lens.tolist()),
@@ -133,7 +148,8 @@ def page_pool(plan: Plan, place: Coordinates, device: torch.device) -> PagedCach
             (_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(first, end)
         ]
     except (MemoryError, RuntimeError) as error:  # of numpy and of torch
-        need = math.prod(shape) * 2 * (end - first) * DTYPE_BYTES[kv.dtype]
+        page = model.rank_page_bytes(plan.parallelism.tp, kv.page_tokens, kv.dtype)
+        need = kv.pages_per_rank * page * (end - first)
         raise MedhaError(
             f"KV of {kv.pages_per_rank} pages needs {need / 1e9:.1f} GB on {device}, which has not "
             "as much free; free the device, or plan with a smaller --max-context"
@@ -142,7 +158,15 @@ def page_pool(plan: Plan, place: Coordinates, device: torch.device) -> PagedCach
         page_tokens=kv.page_tokens,
         k_pages=[k for k, _ in pairs],
         v_pages=[v for _, v in pairs],
+        k_scales=[_scales(shape, kv.dtype, device) for _ in pairs],
+        v_scales=[_scales(shape, kv.dtype, device) for _ in pairs],
     )
+
+
+def _scales(shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
+    """fp32 [pages, K] of pages in fp8, which kv_write fills; empty for other dtypes."""
+    pages, _, heads, _ = shape
+    return torch.zeros((pages if dtype == "fp8" else 0, heads), device=device)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from plans.plan import Plan
 from runtime.parallel.table import Row, row_groups
+from runtime.parallel.transfers import to_device
 
 LSE_BYTES = 4
+OWN, ABSENT = -2, -1
+"""Shares that were not received: this group's own, and that of a group without a shard."""
 
 
 def merge_shards(out_GTNH: Tensor, lse_GTN: Tensor) -> Tensor:
@@ -62,24 +65,30 @@ class Exchange:
     """int64, rows of T that other groups work on too."""
     peers: tuple[Peer, ...]
     """By group."""
+    rows_E: Tensor
+    """int64, row of T of each shared token, once a peer, peer behind peer; with the next two for
+    the kernels of merging.py."""
+    places_3E: Tensor
+    """int32, as pack_shares takes it."""
+    shares_GS: Tensor
+    """int32, as merge_shares takes it."""
 
     def peer_names(self) -> str:
         """Groups that this one waits for, for messages."""
         return ", ".join(str(peer.group) for peer in self.peers)
 
     def merge(self, out_TNH: Tensor, lse_TN: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Sends and receives packed (out, lse) and merges; other rows stay as they are."""
+        """Sends and receives packed (out, lse) and merges; other rows stay as they are.
+
+        On a GPU the rows are merged in place.
+        """
+        if out_TNH.is_cuda:
+            return self._merge_in_place(out_TNH.contiguous(), lse_TN.contiguous(), group)
         out_SNH, lse_SN = out_TNH[self.rows_S], lse_TN[self.rows_S]
         packed = pack_partial(out_SNH, lse_SN)
         sent = [packed[peer.shared_S] for peer in self.peers]
         received = [torch.empty_like(each) for each in sent]
-        operations = [
-            dist.P2POp(operation, tensor, peer.rank, group)
-            for operation, tensors in ((dist.irecv, received), (dist.isend, sent))
-            for peer, tensor in zip(self.peers, tensors, strict=True)
-        ]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        self._swap(sent, received, group)
         out_GSNH = out_SNH.new_zeros((self.groups, *out_SNH.shape))
         lse_GSN = lse_SN.new_full((self.groups, *lse_SN.shape), -torch.inf)
         out_GSNH[self.group], lse_GSN[self.group] = out_SNH, lse_SN
@@ -90,6 +99,29 @@ class Exchange:
         merged_TNH = out_TNH.clone()
         merged_TNH[self.rows_S] = merge_shards(out_GSNH, lse_GSN)
         return merged_TNH
+
+    def _merge_in_place(self, out_TNH: Tensor, lse_TN: Tensor, group: dist.ProcessGroup) -> Tensor:
+        from runtime.parallel.merging import merge_shares, pack_shares  # noqa: PLC0415 - a GPU's
+
+        sent = pack_shares(out_TNH, lse_TN, self.rows_E, self.places_3E)
+        received = torch.empty_like(sent)
+        token_bytes = len(sent) // len(self.rows_E)
+        sizes = [len(peer.shared_S) * token_bytes for peer in self.peers]
+        self._swap(torch.split(sent, sizes), torch.split(received, sizes), group)
+        merge_shares(out_TNH, lse_TN, self.rows_S, self.shares_GS, self.places_3E, received)
+        return out_TNH
+
+    def _swap(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup
+    ) -> None:
+        """Sends each peer its tensor and fills the one from it; all are posted before any waits."""
+        operations = [
+            dist.P2POp(operation, tensor, peer.rank, group)
+            for operation, tensors in ((dist.irecv, received), (dist.isend, sent))
+            for peer, tensor in zip(self.peers, tensors, strict=True)
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
 
 def exchange_of(
@@ -114,16 +146,31 @@ def exchange_of(
     if not shared:
         return None
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
-
+    others = sorted(common)
+    lists = [shared, *(common[other] for other in others)]
+    arrays = [np.array(each, dtype=np.int64) for each in lists]
+    counts = [len(each) for each in arrays[1:]]
+    before = np.cumsum([0, *counts])
+    shares = np.full((plan.parallelism.kvp, len(shared)), ABSENT, dtype=np.int32)
+    shares[group] = OWN
+    for other, first, common_S in zip(others, before[:-1], arrays[1:], strict=True):
+        shares[other, common_S] = first + np.arange(len(common_S))
+    within = np.concatenate([np.arange(count) for count in counts])
+    entry_places = np.stack((np.repeat(before[:-1], counts), np.repeat(counts, counts), within))
+    entries = arrays[0][np.concatenate(arrays[1:])]
+    rows_S, rows_E, places_3E, shares_GS, *shared_S = to_device(
+        [arrays[0], entries, entry_places.astype(np.int32), shares, *arrays[1:]], device
+    )
     return Exchange(
         group=group,
         groups=plan.parallelism.kvp,
-        rows_S=tensor(shared),
+        rows_S=rows_S,
+        rows_E=rows_E,
+        places_3E=places_3E,
+        shares_GS=shares_GS,
         peers=tuple(
-            Peer(group=other, rank=ranks[other], shared_S=tensor(common[other]))
-            for other in sorted(common)
+            Peer(group=other, rank=ranks[other], shared_S=tensor)
+            for other, tensor in zip(others, shared_S, strict=True)
         ),
     )
 

@@ -17,8 +17,9 @@ from plans.ops import Comm
 from plans.plan import Plan
 from runtime.parallel.inputs import PackedInputs, pack, page_pool, rows_of_group, sampled_rows
 from runtime.parallel.table import RequestTable, Row, State
+from runtime.parallel.transfers import to_host
 from runtime.program import StageProgram
-from runtime.sampling import sample
+from runtime.sampling import checked, draw
 from runtime.sampling_params import SamplingParams
 
 WARM_UP_TOKENS = 32
@@ -47,6 +48,32 @@ class Alone:
         return out_TNH
 
 
+class Drawn:
+    """Sampled tokens on their way from the device."""
+
+    def __init__(self, numbers: Sequence[int], drawn_2R: Tensor | None) -> None:
+        """Starts the copy; numbers are the requests of its rows."""
+        self.numbers = numbers
+        self.drawn_2R = drawn_2R
+        self._host_2R = None if drawn_2R is None else to_host(drawn_2R)
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self.numbers)
+
+    def tokens(self) -> dict[int, int]:
+        """Token by request, once the device is beyond the mark that follows the draw.
+
+        Raises MedhaError where logits were not finite.
+        """
+        if self._host_2R is None:
+            return {}
+        return dict(zip(self.numbers, checked(self._host_2R), strict=True))
+
+
+NOTHING_DRAWN = Drawn((), None)
+
+
 class Rank:
     """One rank's stage, weights, pages and request table."""
 
@@ -68,7 +95,7 @@ class Rank:
         self._program = program
         self._weights = weights
         self._comm = comm
-        self._cache = page_pool(plan, place, device)
+        self.cache = page_pool(plan, place, device)
 
     @property
     def is_first(self) -> bool:
@@ -90,23 +117,21 @@ class Rank:
 
     def forward(self, inputs: PackedInputs) -> Tensor:
         """Runs the stage: hidden_TD, or logits_RV on the last one."""
-        out: Tensor = self._program.forward(self._weights, inputs, self._cache, self._comm)
+        out: Tensor = self._program.forward(self._weights, inputs, self.cache, self._comm)
         return out
 
-    def draw(
-        self, logits_RV: Tensor, rows: Sequence[Row], on_logits: OnLogits | None = None
-    ) -> dict[int, int]:
-        """Token by request of the rows that this group samples; the table does not change."""
+    def draw(self, logits_RV: Tensor, rows: Sequence[Row], on_logits: OnLogits | None) -> Drawn:
+        """Draws the tokens of the rows that this rank samples; the host does not wait for them."""
         sampled = sampled_rows(self.plan, rows, self.place.group)
         if not sampled:
-            return {}
+            return NOTHING_DRAWN
         # not the tokens known now: later steps may have been applied to the table already
         positions = [row.prefix + row.tokens - row.state.prompt_tokens for row in sampled]
         if on_logits is not None:
             for row, position, logits_V in zip(sampled, positions, logits_RV, strict=True):
                 on_logits(row.number, position, logits_V)
-        drawn = sample(logits_RV, [row.state.sampling for row in sampled], positions)
-        return {row.number: token for row, token in zip(sampled, drawn, strict=True)}
+        drawn_2R = draw(logits_RV, [row.state.sampling for row in sampled], positions)
+        return Drawn([row.number for row in sampled], drawn_2R)
 
     def warm_up_rows(self) -> list[list[Row]]:
         """A chunk and a decode for nobody in every group, on pages that no request holds yet."""

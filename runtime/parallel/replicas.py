@@ -25,6 +25,11 @@ _LOG = logging.getLogger(__name__)
 class TokenExecutor(Executor, Protocol):
     """An executor that computes tokens, on one rank or many."""
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether a step may name a decode whose last token is still in flight."""
+        ...
+
     def add_request(self, number: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
         """Makes a request known, before the first step that holds a piece of it."""
         ...
@@ -60,7 +65,14 @@ class Replica:
     ) -> None:
         """Starts empty."""
         self.engine = Engine(
-            plan, executor, clock, scheduling, on_token=self._take, observer=self, learn=True
+            plan,
+            executor,
+            clock,
+            scheduling,
+            on_token=self._take,
+            observer=self,
+            learn=True,
+            ahead=executor.feeds_back,
         )
         self.error: MedhaError | None = None
         """Why it broke off, if it did."""

@@ -2,7 +2,9 @@
 
 A rank sends to the rank of the next stage that has its tp and kvp coordinates. Receives are posted
 when a step becomes known, before the steps ahead of it have run, and a send is only awaited when
-several newer ones are under way: transfers overlap with the stage's work.
+several newer ones are under way: transfers overlap with the stage's work. On a GPU a receive is
+posted from a stream of its own: from the stage's stream it would stand behind every kernel that was
+launched there before.
 
 T tokens of the step, D hidden.
 """
@@ -29,6 +31,8 @@ class Arrival:
     def wait(self) -> Tensor:
         """The hidden states; on a GPU the stream waits and not the host."""
         self.work.wait()
+        if self.hidden_TD.is_cuda:  # its memory is another stream's: not free before this one is
+            self.hidden_TD.record_stream(torch.cuda.current_stream(self.hidden_TD.device))
         return self.hidden_TD
 
 
@@ -43,14 +47,18 @@ class HandOver:
         self._dtype = TORCH_DTYPE[plan.model.weight_dtype]
         self._most = plan.parallelism.spp + 1
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._receiving = (
+            torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        )
 
     def expect(self, tokens: int) -> Arrival | None:
         """Posts the receive of the next step that this rank has rows of; None on stage 0."""
         if self._groups.before is None:
             return None
-        hidden_TD = torch.empty((tokens, self._hidden), dtype=self._dtype, device=self._device)
         source = self._groups.stage_ranks[self._groups.place.stage - 1]
-        work = dist.irecv(hidden_TD, src=source, group=self._groups.before)
+        with torch.cuda.stream(self._receiving):  # no stream, nothing changes
+            hidden_TD = torch.empty((tokens, self._hidden), dtype=self._dtype, device=self._device)
+            work = dist.irecv(hidden_TD, src=source, group=self._groups.before)
         assert work is not None, "this rank is in the group"
         return Arrival(hidden_TD, work)
 

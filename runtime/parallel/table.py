@@ -48,6 +48,8 @@ class State:
     """Prompt and answer so far."""
     prompt_tokens: int
     sampling: SamplingParams
+    coming: int = 0
+    """Sampled tokens that are on the device and not yet here."""
     shards: dict[int, _Pages] = field(default_factory=dict)
 
     def grow(self, shard: int, pages: tuple[int, ...]) -> None:
@@ -86,6 +88,10 @@ class RequestTable:
         """Requests added and not ended."""
         return len(self._states)
 
+    def sampling_of(self, number: int) -> SamplingParams:
+        """How a request is sampled."""
+        return self._states[number].sampling
+
     def totals(self) -> Totals:
         """The sums."""
         return Totals(len(self._states), self._tokens, self._pages)
@@ -103,7 +109,13 @@ class RequestTable:
             state = self._states.get(number)
             if state is not None:
                 state.tokens.append(token)
+                state.coming = max(state.coming - 1, 0)
                 self._tokens += 1
+
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Notes that the requests' next tokens are on the device; `append` brings them."""
+        for number in numbers:
+            self._states[number].coming += 1
 
     def apply(self, step: Step) -> None:
         """Forgets and grows as a step says, before it runs."""
@@ -154,7 +166,7 @@ class RequestTable:
             for chunk in step.chunks
         ]
         for row in rows:
-            known, end = len(row.state.tokens), row.prefix + row.tokens
+            known, end = len(row.state.tokens) + row.state.coming, row.prefix + row.tokens
             assert end == known if row.samples else end < known, (row.number, end, known)
         return rows
 

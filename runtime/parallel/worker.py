@@ -8,6 +8,7 @@ process ends: no rank goes on with a state that others do not share.
 import os
 import signal
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +28,7 @@ from runtime.parallel.inbox import Inbox, start_beats
 from runtime.parallel.inputs import PackedInputs
 from runtime.parallel.kvp import Exchange, exchange_of
 from runtime.parallel.progress import COMPUTES, WAITS, Progress
-from runtime.parallel.rank import Rank
+from runtime.parallel.rank import NOTHING_DRAWN, Drawn, Rank
 from runtime.parallel.spp import Arrival, HandOver
 from runtime.parallel.stopwatch import Mark, Stopwatch
 from runtime.parallel.table import RequestTable, Row
@@ -39,9 +40,8 @@ CONTROL_KEY = "control"
 """Key of the store under which the driver says where it listens."""
 AHEAD = 2
 """Steps prepared before they run: the next one, and one that may arrive meanwhile."""
-PENDING_POLL_S = 0.001
-"""How often a rank looks whether its device has finished, while it has nothing else to do; a wait
-for messages can be no shorter."""
+PENDING_POLL_S = 5e-5
+"""How often a rank looks whether its device has finished, while it has nothing else to do."""
 
 
 class Setup(Struct, frozen=True, kw_only=True):
@@ -234,7 +234,7 @@ class _Stage:
         self._queue: deque[_Prepared] = deque()
         self._watch = Stopwatch(rank.device)
         self._ended = self._watch.mark()
-        self._pending: deque[tuple[int, _Times, dict[int, int]]] = deque()
+        self._pending: deque[tuple[int, _Times, Drawn]] = deque()
         """Step, times and tokens of what the device may still be at."""
         self._warm_up()
 
@@ -244,7 +244,7 @@ class _Stage:
             if not self._queue:
                 self._progress.rest()
             while len(self._queue) < AHEAD:
-                message = self._inbox.receive(timeout_s=self._patience_s())
+                message = self._message()
                 if message is None:
                     break
                 if isinstance(message, wire.StepMessage):
@@ -269,11 +269,16 @@ class _Stage:
         self._rank.synchronise()
         self._report(all_of_them=True)
 
-    def _patience_s(self) -> float | None:
-        """How long to wait for a message: no longer than until there is something else to do."""
-        if self._queue:
-            return 0.0
-        return PENDING_POLL_S if self._pending else None
+    def _message(self) -> wire.FromDriver | None:
+        """The next message; None where there is something else to do first."""
+        while not self._queue and self._pending:
+            message = self._inbox.receive(timeout_s=0.0)
+            if message is not None:
+                return message
+            if self._watch.reached(self._pending[0][1].ended):
+                return None
+            time.sleep(PENDING_POLL_S)  # a wait for messages could not be as short
+        return self._inbox.receive(timeout_s=0.0 if self._queue else None)
 
     def _start(self, run: int) -> None:
         self._run_number = run
@@ -307,6 +312,8 @@ class _Stage:
         if not rows:
             return _Prepared(step_id=step_id, rows=rows, inputs=None)
         rank = self._rank
+        # first of all, so that it stands behind no copy and no kernel of this rank
+        arrival = self._hand_over.expect(sum(row.tokens for row in rows))
         return _Prepared(
             step_id=step_id,
             rows=rows,
@@ -314,7 +321,7 @@ class _Stage:
             exchange=exchange_of(
                 rank.plan, rows, rank.place.group, self._groups.kvp_ranks, rank.device
             ),
-            arrival=self._hand_over.expect(sum(row.tokens for row in rows)),
+            arrival=arrival,
         )
 
     def _run(self, step: _Prepared, *, warm_up: bool = False) -> None:
@@ -331,28 +338,29 @@ class _Stage:
             started = self._watch.mark()
             self._comm.exchange, self._comm.merge_s = step.exchange, 0.0
             out = rank.forward(step.inputs)
-            tokens: dict[int, int] = {}
+            drawn = NOTHING_DRAWN
             if not rank.is_last:
                 self._hand_over.send(out)
             elif rank.place.tp == 0:
-                tokens = rank.draw(out, step.rows)
+                drawn = rank.draw(out, step.rows, None)
         ended = self._watch.mark()
         if not warm_up:
             times = _Times(self._ended, started, ended, self._comm.merge_s)
-            self._pending.append((step.step_id, times, tokens))
+            self._pending.append((step.step_id, times, drawn))
             self._progress.unfinished = self._pending[0][0]
-            # sampled tokens are on the host, so the device is beyond all that came before them
-            self._report(all_of_them=bool(tokens))
+            self._report()
         self._ended = ended
 
     def _report(self, *, all_of_them: bool = False) -> None:
         """Tells of the steps that the device has finished; only the first tp rank has a say."""
         while self._pending and (all_of_them or self._watch.reached(self._pending[0][1].ended)):
-            step_id, times, tokens = self._pending[0]
+            step_id, times, drawn = self._pending[0]
             waited_s = self._watch.seconds(times.before, times.started)
             seconds = self._watch.seconds(times.started, times.ended)
             self._pending.popleft()
             self._progress.finished(self._pending[0][0] if self._pending else None)
+            with self._rank.explained(f"step {step_id} on rank {self._number}"):
+                tokens = drawn.tokens()
             if self._rank.place.tp > 0:
                 continue
             self._inbox.send(

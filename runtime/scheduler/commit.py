@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from runtime.book import Book
 from runtime.executor.base import Chunk, Step
 from runtime.request import Sequence
 from runtime.scheduler.loads import GroupLoads
-from runtime.scheduler.policy import Ints
 
 
 class StepMaker:
@@ -29,16 +30,20 @@ class StepMaker:
         loads.add_step(step)
         return loads.seconds()
 
-    def make(self, decodes: Ints, chunks: Iterable[tuple[Sequence, int]]) -> Step:
+    def make(self, decodes: list[Sequence], chunks: Iterable[tuple[Sequence, int]]) -> Step:
         """The next step.
 
-        decodes  numbers of running requests with nothing in flight and a page for their token
+        decodes  running requests that are ready and have a page for their token
         chunks   (request, tokens) of prefills that have their pages
         """
         book = self._book
-        rows = book.running.rows(decodes)
-        prefix, home = book.running["prefix"][rows], book.running["home"][rows]
-        book.running["in_flight"][rows] = True
+        numbers, prefix, home = [], [], []
+        for sequence in decodes:
+            numbers.append(sequence.number)
+            prefix.append(sequence.scheduled)
+            home.append(sequence.home)
+            sequence.scheduled += 1
+            sequence.in_flight += 1
         book.waiting["recent"][:] = False
         made = []
         for sequence, tokens in chunks:
@@ -53,11 +58,12 @@ class StepMaker:
                     samples=ends,
                 )
             )
+        rows = np.array([numbers, prefix, home], dtype=np.int64)
         step = Step(
             step_id=book.steps,
-            decodes=decodes,
-            decode_prefix=prefix,
-            decode_home=home,
+            decodes=rows[0],
+            decode_prefix=rows[1],
+            decode_home=rows[2],
             chunks=tuple(made),
             pages=tuple(book.new_pages),
             evicted=tuple(book.evicted),

@@ -28,6 +28,6 @@ class Lars:
         rho = slack / np.maximum(waiting.work_s, LEAST_S)
         return Ranked(
             keys=rho - HYSTERESIS * waiting.recent,
-            yields=np.clip(rho, 0.0, self._max_yield) * waiting.long,
+            yields=np.minimum(np.maximum(rho, 0.0), self._max_yield) * waiting.long,
             demoted=slack < 0.0,
         )

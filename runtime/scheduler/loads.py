@@ -4,22 +4,28 @@ Shard i of a request lies in group (home + i) mod groups. Each group that holds 
 same query tokens; only the newest shard is causal and written to (design section 4, KVP).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from plans.chunks import add_sharded_chunk
 from plans.steptime import StepLoad, StepTime
 from runtime.executor.base import Step
-from runtime.scheduler.policy import Ints
 
 
 class GroupLoads:
     """One StepLoad a group, all stages summed."""
 
+    __slots__ = ("_groups", "_one", "_shard_tokens")
+
     def __init__(self, step_time: StepTime, *, groups: int, shard_tokens: int) -> None:
         """Starts empty."""
-        self._time = step_time
         self._shard_tokens = shard_tokens
-        self._groups = [StepLoad(step_time) for _ in range(groups)]
+        self._one = StepLoad(step_time) if groups == 1 else None
+        """The only group, where there is one: then no request is cut."""
+        self._groups = (
+            [StepLoad(step_time) for _ in range(groups)] if self._one is None else [self._one]
+        )
 
     def active(self, home: int, prefix: int) -> list[tuple[int, int]]:
         """(group, shards behind the newest one) of each group that works on a token at `prefix`."""
@@ -27,14 +33,15 @@ class GroupLoads:
         count = len(self._groups)
         return [((home + newest - behind) % count, behind) for behind in range(newest + 1)]
 
-    def add_decodes(self, prefix: Ints, home: Ints) -> None:
-        """Adds one decode token for each row; prefix excludes the token itself."""
-        if not len(prefix):
+    def add_decodes(self, prefixes: Sequence[int], homes: Sequence[int]) -> None:
+        """Adds one decode token for each request; a prefix excludes the token itself."""
+        if not prefixes:
+            return
+        if self._one is not None:
+            self._one.add_decodes(len(prefixes), sum(prefixes) + len(prefixes))
             return
         groups = len(self._groups)
-        if groups == 1:
-            self._groups[0].add_decodes(len(prefix), int(prefix.sum()) + len(prefix))
-            return
+        prefix, home = np.array(prefixes), np.array(homes)
         newest = prefix // self._shard_tokens
         for behind in range(int(newest.max()) + 1):
             here = newest >= behind
@@ -54,6 +61,9 @@ class GroupLoads:
 
     def add_chunk(self, home: int, tokens: int, prefix: int) -> None:
         """Adds a chunk to every group that holds a shard of its request."""
+        if self._one is not None:
+            self._one.add_chunk(tokens, prefix)
+            return
         for group, behind in self.active(home, prefix):
             add_sharded_chunk(
                 self._groups[group], tokens, prefix, self._shard_tokens, behind=behind
@@ -61,26 +71,36 @@ class GroupLoads:
 
     def tokens(self, home: int, prefix: int) -> int:
         """Most query tokens of any group that a token at `prefix` would work in."""
+        if self._one is not None:
+            return self._one.tokens
         return max(self._groups[group].tokens for group, _ in self.active(home, prefix))
 
     def seconds(self) -> float:
         """Time of the slowest group."""
+        if self._one is not None:
+            return self._one.seconds()
         return max(load.seconds() for load in self._groups)
 
     def stages_s(self) -> tuple[float, ...]:
         """Time of the slowest group on each stage."""
-        if len(self._groups) == 1:
-            return self._groups[0].stages_s()
+        if self._one is not None:
+            return self._one.stages_s()
         return tuple(map(max, zip(*(load.stages_s() for load in self._groups), strict=True)))
 
     def group_seconds(self, group: int) -> float:
         """Time of one group."""
         return self._groups[group].seconds()
 
+    def groups_s(self) -> list[float]:
+        """Time of each group."""
+        return [load.seconds() for load in self._groups]
+
     def largest_chunk(
         self, home: int, prefix: int, budget_s: float, most: int, *, at_least: int = 1
     ) -> int:
         """Largest chunk, from at_least on, that keeps every group it works in within budget_s."""
+        if self._one is not None:
+            return self._one.largest_chunk(prefix, budget_s, most, at_least=at_least)
         newest = prefix // self._shard_tokens
         for group, behind in self.active(home, prefix):
             if most <= 0:
@@ -99,16 +119,6 @@ class GroupLoads:
 
     def add_step(self, step: Step) -> None:
         """Adds all work of a step."""
-        self.add_decodes(step.decode_prefix, step.decode_home)
+        self.add_decodes(step.decode_prefix.tolist(), step.decode_home.tolist())
         for chunk in step.chunks:
             self.add_chunk(chunk.home, chunk.tokens, chunk.prefix)
-
-    def copy(self) -> "GroupLoads":
-        """An independent load with the same work."""
-        twin = GroupLoads(
-            self._time,
-            groups=0,
-            shard_tokens=self._shard_tokens,
-        )
-        twin._groups = [load.copy() for load in self._groups]
-        return twin

@@ -3,10 +3,16 @@
 Order without deadlock: a request only ever displaces requests that arrived after it, so the oldest
 one alive always gets its pages and the system drains. A decode that finds no page among its juniors
 gives up its own (it has sampled at least one token since its last prefill, so this ends).
-Prefills displace prefills only: a running decode is never displaced for a prefill.
+Prefills displace prefills only: a running decode is never displaced for a prefill. Cost is the KV
+to be computed again, and nobody is displaced where all who may be would not be enough.
 """
 
+from bisect import bisect_left
+from collections.abc import Set as AbstractSet
 from enum import Enum
+from itertools import accumulate
+
+import numpy as np
 
 from runtime.book import Book
 from runtime.request import Sequence
@@ -21,51 +27,96 @@ class Room(Enum):
     NO = "no"
 
 
-def make_room(
-    book: Book, taker: Sequence, group: int, pages: int, *, keep: set[int], decodes: bool
-) -> Room:
-    """Evicts juniors of `taker` until `pages` are free in the group.
+class Displaceable:
+    """Prefills that may lose their pages in the step under construction: idle and not part of it.
 
-    keep     requests that already have a part in this step
-    decodes  whether running decodes may be displaced too
+    Found once a group, and again only when one has been placed or displaced, so that asking for
+    many candidates costs no more than for one.
     """
-    later = False
-    while book.pools.free_pages(group) < pages:
-        victim, busy = _victim(book, taker, group, keep=keep, decodes=decodes)
-        later = later or busy
-        if victim is None:
-            return Room.LATER if later else Room.NO
-        book.evict(victim)
-    return Room.YES
+
+    def __init__(self, book: Book, members: AbstractSet[int]) -> None:
+        """members are the requests that already have a part in the step; it may grow."""
+        self._book = book
+        self._members = members
+        self._found: dict[int, tuple[tuple[int, int], list[int], list[int]]] = {}
+        """By group: what it was found for, numbers negated and rising, their pages summed."""
+
+    def make_room(self, taker: Sequence, group: int, pages: int) -> bool:
+        """Displaces juniors of `taker`, cheapest first, until `pages` are free in the group."""
+        book = self._book
+        missing = pages - book.pools.free_pages(group)
+        if missing <= 0:
+            return True
+        numbers, freed = self._by_age(group)
+        count = bisect_left(numbers, -taker.number)
+        if freed[count] < missing:
+            return False
+        juniors = [book.sequences[-number] for number in numbers[:count]]
+        juniors.sort(key=lambda each: (each.computed, -each.number))
+        for victim in juniors:
+            if book.pools.free_pages(group) >= pages:
+                break
+            book.evict(victim)
+        return True
+
+    def _by_age(self, group: int) -> tuple[list[int], list[int]]:
+        """Youngest first: numbers negated, and the pages of the first n for each n."""
+        book = self._book
+        state = len(self._members), len(book.evicted)
+        found = self._found.get(group)
+        if found is None or found[0] != state:
+            waiting = book.waiting
+            numbers = np.sort(-waiting["number"][waiting["started"]]).tolist()
+            idle = []
+            held = []
+            for number in numbers:
+                sequence = book.sequences[-number]
+                pages = pages_in(book, sequence, group)
+                if pages and not sequence.in_flight and -number not in self._members:
+                    idle.append(number)
+                    held.append(pages)
+            found = state, idle, [0, *accumulate(held)]
+            self._found[group] = found
+        return found[1], found[2]
 
 
-def _victim(
-    book: Book, taker: Sequence, group: int, *, keep: set[int], decodes: bool
-) -> tuple[Sequence | None, bool]:
-    """The cheapest junior to recompute, prefills before decodes; and whether some are in flight."""
-    best: tuple[bool, float, int] | None = None
-    busy = False
-    for sequence in book.holders.values():
-        if sequence.number <= taker.number or not _holds(book, sequence, group):
-            continue
-        running = sequence.number in book.running
-        if running and not decodes:
-            continue
-        book.sync(sequence)
-        if sequence.in_flight or sequence.number in keep:
-            busy = True
-            continue
-        cost = (running, book.work.solo_s(sequence.computed), -sequence.number)
-        if best is None or cost < best:
-            best = cost
-    return (None if best is None else book.sequences[-best[2]]), busy
-
-
-def _holds(book: Book, sequence: Sequence, group: int) -> bool:
-    return any(
-        pages and book.pools.group_of(sequence.home, shard) == group
+def pages_in(book: Book, sequence: Sequence, group: int) -> int:
+    """Pages that a request holds in a group."""
+    return sum(
+        len(pages)
         for shard, pages in enumerate(sequence.pages)
+        if book.pools.group_of(sequence.home, shard) == group
     )
+
+
+def page_for_decode(book: Book, taker: Sequence, group: int, idle: Displaceable) -> Room:
+    """Makes room for one page of a running request: a junior prefill's, else a junior decode's."""
+    if idle.make_room(taker, group, 1):
+        return Room.YES
+    juniors = [
+        each
+        for each in book.running.rows
+        if each.number > taker.number and _decodes_in(book, each, group)
+    ]
+    idle_juniors = [each for each in juniors if not each.in_flight]
+    if idle_juniors:
+        book.evict(min(idle_juniors, key=lambda each: (each.computed, -each.number)))
+        return Room.YES
+    if juniors:
+        return Room.LATER
+    in_flight = (
+        sequence.in_flight and number > taker.number and number not in book.running
+        for number, sequence in book.holders.items()
+        if pages_in(book, sequence, group)
+    )
+    return Room.LATER if any(in_flight) else Room.NO
+
+
+def _decodes_in(book: Book, sequence: Sequence, group: int) -> bool:
+    """Whether a running request holds KV in a group."""
+    pools = book.pools
+    shards = -(-sequence.computed // pools.shard_tokens)
+    return (group - sequence.home) % pools.groups < shards
 
 
 class KeptPages:
@@ -98,6 +149,10 @@ class KeptPages:
         number, _ = self._by_group.get(group, (sequence.number, 0))
         if sequence.number <= number:
             self._by_group[group] = sequence.number, pages
+
+    def older(self, group: int, sequence: Sequence) -> int | None:
+        """The older request that pages are kept for: then `keep` would change nothing."""
+        return self._by_group[group][0] if self.before(group, sequence) else None
 
     def before(self, group: int, sequence: Sequence) -> int:
         """Pages that are kept for a request older than this one."""

@@ -5,10 +5,12 @@ Shared by all policies, so that none can break a budget. Invariants:
 - every decode that can run is in the step, one token each; prefills never displace it
 - predicted seconds stay within the budget, but for the minimum progress of the first prefill
 - tokens of a group stay within max_step_tokens; a chunk stays within the plan's schedule and shard
+- best-effort prefills go last, but first in the steps that their share pays for (share.py)
 - at most one long prefill a group while others wait; it leaves its yield to waiting short ones
 - what does not fit is passed over, and time that nobody claimed goes to whom it would have fed
 """
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,40 +20,31 @@ from runtime.book import Book
 from runtime.executor.base import Step
 from runtime.request import Sequence
 from runtime.scheduler import Scheduling
+from runtime.scheduler.budget import TimeBudget
 from runtime.scheduler.commit import StepMaker
 from runtime.scheduler.loads import GroupLoads
-from runtime.scheduler.memory import KeptPages, Room, make_room
-from runtime.scheduler.order import Candidate, Queue
+from runtime.scheduler.memory import Displaceable, Room, page_for_decode
+from runtime.scheduler.order import Candidate, Queue, queues
+from runtime.scheduler.pages import PageTaker, StepPages
+from runtime.scheduler.share import BestEffortShare
 
 MISSES = 256
-"""Candidates passed over in one step before the scan ends; bounds the time of a decision."""
+"""Candidates passed over in one scan before it ends; bounds the time of a decision."""
 NOTHING_FAILED = (-1.0, 0)
 """Limit and prefix of a chunk that did not fit, when all did so far."""
-WORTH = 0.02
-"""Share of the budget below which leftover time is not worth a second look."""
-
-
-@dataclass(slots=True)
-class Placed:
-    """A chunk that is in the step under construction."""
-
-    sequence: Sequence
-    prefix: int
-    tokens: int
-    cut: bool
-    """Only the time limit kept it from being longer."""
 
 
 @dataclass(slots=True)
 class Draft:
     """A step under construction."""
 
-    base: GroupLoads
-    """The decodes alone."""
     loads: GroupLoads
     budget_s: float
-    placed: list[Placed] = field(default_factory=list)
-    members: set[int] = field(default_factory=set)
+    members: set[int]
+    """Requests with a part in it."""
+    pages: StepPages
+    placed: list[tuple[Sequence, int]] = field(default_factory=list)
+    """Chunks: (request, tokens)."""
     long_groups: set[int] = field(default_factory=set)
     misses: int = 0
     hopeless: tuple[float, int] = NOTHING_FAILED
@@ -71,7 +64,11 @@ class Packer:
         self._scheduling = scheduling
         self._maker = StepMaker(book)
         self._one_group = book.plan.parallelism.kvp == 1
-        self._kept = KeptPages(book)
+        self._budget = TimeBudget(book.plan)
+        self._pages = PageTaker(book)
+        self._share = BestEffortShare(
+            self._config.best_effort_share, groups=book.plan.parallelism.kvp
+        )
         self._starts = 0
         """Fresh prompts that may still start in the step under construction."""
         self.overrun_s = 0.0
@@ -80,27 +77,23 @@ class Packer:
     def pack(self, now_s: float) -> Step | None:
         """The next step, with pages taken and cursors moved; None where nothing can run now."""
         book = self._book
-        stalled = self._grow_decodes()
-        running = book.running
-        rows = np.flatnonzero(~running["in_flight"])
-        if not len(rows) and not len(book.waiting):
+        decodes = book.ready()
+        page_tokens = book.pools.page_tokens
+        edge = [each for each in decodes if not each.scheduled % page_tokens]
+        if edge:
+            stalled = self._grow_decodes(edge)
+            if stalled and book.ahead:
+                return None  # those who could give way are in flight: the step there ends first
+            decodes = [each for each in book.ready() if each.number not in stalled]
+        if not decodes and not len(book.waiting):
             return None
-        if stalled:
-            rows = rows[~np.isin(running["number"][rows], list(stalled))]
-        numbers, prefix = running["number"][rows], running["prefix"][rows]
-        home = running["home"][rows]
-        base = self._maker.empty()
-        base.add_decodes(prefix, home)
-        if not len(book.waiting):
-            return self._maker.make(numbers, []) if len(rows) else None
-        draft = Draft(base=base, loads=base.copy(), budget_s=self._budget_s(now_s))
-        draft.members.update(numbers.tolist())
-        self._prefills(draft, now_s)
-        if not len(rows) and not draft.placed:
-            self._oldest(draft)
-        if not len(rows) and not draft.placed:
+        loads = self._maker.empty()
+        loads.add_decodes([each.scheduled for each in decodes], [each.home for each in decodes])
+        placed = self._prefills(decodes, loads, now_s) if len(book.waiting) else []
+        if not decodes and not placed:
             return None
-        return self._maker.make(numbers, [(each.sequence, each.tokens) for each in draft.placed])
+        self._budget.submitted(loads.stages_s(), now_s, overrun_s=self.overrun_s)
+        return self._maker.make(decodes, placed)
 
     def _oldest(self, draft: Draft) -> None:
         """Gives the oldest request that has pages, or waits for some, its least progress.
@@ -110,7 +103,7 @@ class Packer:
         """
         waiting = self._book.waiting
         old = waiting["number"][waiting["started"]].tolist()
-        old += [number for number in self._kept.numbers() if number in waiting]
+        old += self._pages.waiting_for_pages()
         if old:
             row = waiting.row(min(old))
             candidate = Candidate(
@@ -121,144 +114,143 @@ class Packer:
                 share=0.0,
             )
             draft.hopeless = NOTHING_FAILED
-            self._place(draft, candidate, draft.budget_s, least=True)
+            self._settle(draft, candidate)
+            self._place(draft, candidate, least=True)
 
     def predicted_s(self, step: Step) -> float:
         """The formula's seconds of a step, summed over stages, without overrun or margin."""
         return self._maker.predicted_s(step)
 
-    def _grow_decodes(self) -> set[int]:
-        """Gives each decode the page its next token needs, oldest first; returns who must wait."""
+    def _grow_decodes(self, edge: list[Sequence]) -> set[int]:
+        """Gives each decode the page its next token begins, oldest first; returns who must wait."""
         book, pools = self._book, self._book.pools
-        running = book.running
-        edge = ~running["in_flight"] & (running["prefix"] % pools.page_tokens == 0)
         stalled: set[int] = set()
-        if not edge.any():
-            return stalled
-        for number in np.sort(running["number"][edge]).tolist():
-            if number not in running:
+        idle = Displaceable(book, stalled)  # no prefill among them: all that are idle
+        for sequence in sorted(edge, key=lambda each: each.number):
+            number, prefix = sequence.number, sequence.scheduled
+            if number not in book.running:
                 continue  # evicted by an older one just now
-            sequence = book.sequences[number]
-            prefix = int(running["prefix"][running.row(number)])
             group = pools.newest_group(sequence.home, prefix)
-            missing = pools.missing_pages(sequence, prefix + 1)
-            room = make_room(book, sequence, group, missing, keep=set(), decodes=True)
+            if pools.missing_pages(sequence, prefix + 1):  # one, since this token begins a page
+                room = page_for_decode(book, sequence, group, idle)
+            else:
+                room = Room.YES
             if room is Room.YES:
                 book.grow(sequence, prefix + 1)
-            elif room is Room.LATER:
+            elif room is Room.LATER or sequence.in_flight:
                 stalled.add(number)
             else:
                 book.evict(sequence)
         return stalled
 
-    def _budget_s(self, now_s: float) -> float:
-        """Predicted seconds that the step may take, its decodes included."""
-        config, running = self._config, self._book.running
-        if self._scheduling.chunk_tokens is not None:
-            return float("inf")
-        if not len(running):
-            budget_s = config.idle_budget_s
-        else:
-            limit = np.where(running["own_tbt"], config.idle_budget_s, config.step_budget_s).min()
-            slack = (running["last_token_s"] + running["tbt_s"]).min() - now_s
-            # a token that is late already does not stop all prefill
-            budget_s = min(float(limit), max(float(slack), 0.5 * config.step_budget_s))
-        # a host that takes more than half of the budget is not made faster by smaller chunks
-        budget_s = max(budget_s - max(self.overrun_s, 0.0), 0.5 * budget_s)
-        return budget_s / (1.0 + self._plan.step_time.margin)
-
-    def _prefills(self, draft: Draft, now_s: float) -> None:
-        """Places chunks in rank order."""
+    def _prefills(
+        self, decodes: list[Sequence], loads: GroupLoads, now_s: float
+    ) -> list[tuple[Sequence, int]]:
+        """Places chunks beside the decodes, in rank order; adds them to the loads."""
+        budget_s = float("inf")
+        if self._scheduling.chunk_tokens is None:
+            budget_s = self._budget.seconds(self._book, decodes, now_s, overrun_s=self.overrun_s)
+        members = {each.number for each in decodes}
+        draft = Draft(
+            loads=loads, budget_s=budget_s, members=members, pages=self._pages.step(members)
+        )
         normal, demoted = self._queues(now_s)
-        decode_s = draft.loads.seconds()
-        spare_s = max(draft.budget_s - decode_s, 0.0)
-        share = self._config.best_effort_share
-        limit_s = draft.budget_s
-        if len(normal) and len(demoted) and spare_s < float("inf"):
-            limit_s -= share * spare_s
-        self._place_all(draft, normal, limit_s, least=True)
-        turn = self._book.steps % round(1 / share) == 0  # progress of the demoted without any spare
-        self._place_all(draft, demoted, draft.budget_s, least=not draft.placed or turn)
-        if limit_s < draft.budget_s:
-            self._enlarge(draft)
-            self._place_all(draft, normal, draft.budget_s, least=False)
+        if len(demoted):
+            self._with_share(draft, normal, demoted)
+        else:
+            self._place_all(draft, normal, least=True)
+        if not decodes and not draft.placed:
+            self._oldest(draft)
+        return draft.placed
+
+    def _with_share(self, draft: Draft, normal: Queue, demoted: Queue) -> None:
+        """Best effort goes last, but first in the groups where its share is due."""
+        due = self._share.due()
+        before_s = draft.loads.groups_s()
+        if due:
+            self._place_all(draft, demoted, least=True, only=due)
+        first_s = draft.loads.groups_s()
+        self._place_all(draft, normal, least=not draft.placed)
+        last_s = draft.loads.groups_s()
+        self._place_all(draft, demoted, least=not draft.placed)
+        after_s = draft.loads.groups_s()
+        used_s = [
+            first - before + after - last
+            for before, first, last, after in zip(before_s, first_s, last_s, after_s, strict=True)
+        ]
+        others_s = [last - first for first, last in zip(first_s, last_s, strict=True)]
+        self._share.debit(due, used_s=used_s, others_s=others_s)
 
     def _queues(self, now_s: float) -> tuple[Queue, Queue]:
         """Waiting requests in rank order: those that can be in time, and the demoted."""
         book = self._book
         prefills = book.prefills()
         ranked = self._scheduling.policy.rank(prefills, now_s=now_s)
-        resident = len(book.sequences) - int((~prefills.started).sum())
-        self._starts = self._plan.limits.sequences - resident
-        only = prefills.started if self._starts <= 0 else None
-        most = 1 if self._scheduling.one_prompt else MISSES
-        queues = []
-        for chosen in (~ranked.demoted, ranked.demoted):
-            rows = np.flatnonzero(chosen if only is None else chosen & only)
-            queues.append(
-                Queue(
-                    keys=ranked.keys[rows],
-                    numbers=prefills.number[rows],
-                    prefix=book.waiting["prefix"][rows],
-                    missing=prefills.missing_tokens[rows],
-                    long=prefills.long[rows],
-                    yields=ranked.yields[rows],
-                    most=most,
-                )
-            )
-        return queues[0], queues[1]
+        fresh = len(prefills) - int(np.count_nonzero(prefills.started))
+        self._starts = self._plan.limits.sequences - (len(book.sequences) - fresh)
+        return queues(
+            prefills,
+            book.waiting["prefix"],
+            ranked,
+            started_only=self._starts <= 0,
+            most=1 if self._scheduling.one_prompt else MISSES,
+        )
 
-    def _place_all(self, draft: Draft, queue: Queue, limit_s: float, *, least: bool) -> None:
-        """Places candidates in order until the limit; the first one makes its least progress."""
+    def _place_all(
+        self, draft: Draft, queue: Queue, *, least: bool, only: AbstractSet[int] | None = None
+    ) -> None:
+        """Places candidates in order until the budget; the first one makes its least progress.
+
+        only  groups of candidates that are meant; None means all
+        """
         waiting_longs = []
+        draft.misses = 0  # one class without pages must not end the step for the other
         if least:
             draft.hopeless = NOTHING_FAILED
         for index, candidate in enumerate(queue):
             if candidate.number in draft.members:
                 continue
-            if candidate.long and self._beside_a_long(draft, candidate):
+            if not least and self._hopeless(draft, candidate, draft.budget_s):
+                continue
+            if not least and self._full(draft, draft.budget_s):
+                break
+            if not candidate.prefix and draft.pages.refuses(candidate.number, candidate.missing):
+                draft.misses += 1
+                continue
+            group = self._settle(draft, candidate)
+            if only is not None and group not in only:
+                continue
+            if candidate.long and group in draft.long_groups:
                 waiting_longs.append(candidate)
                 continue
-            if not least and self._hopeless(draft, candidate, limit_s):
-                continue
-            if not least and self._full(draft, limit_s):
-                return
-            self._yield(draft, queue, index, candidate, limit_s)
-            if self._place(draft, candidate, limit_s, least=least):
+            self._yield(draft, queue, index, candidate)
+            if self._place(draft, candidate, least=least):
                 least = False
-        if waiting_longs:
-            self._place_longs(draft, waiting_longs, limit_s)
+        self._place_longs(draft, waiting_longs)
 
-    def _place_longs(self, draft: Draft, longs: list[Candidate], limit_s: float) -> None:
+    def _place_longs(self, draft: Draft, longs: list[Candidate]) -> None:
         """Gives further long prefills the time that nobody else could use; most often none."""
-        shortest = min(longs, key=lambda each: each.prefix)
-        sequence, least = self._book.sequences[shortest.number], self._config.min_chunk_tokens
-        room = draft.loads.largest_chunk(
-            sequence.home, shortest.prefix, limit_s, least, at_least=least
-        )
-        if not room and shortest.missing >= least:
-            draft.hopeless = limit_s, shortest.prefix
         for candidate in longs:
-            if self._full(draft, limit_s):
+            if self._full(draft, draft.budget_s):
                 return
-            if not self._hopeless(draft, candidate, limit_s):
-                self._place(draft, candidate, limit_s, least=False)
+            if not self._hopeless(draft, candidate, draft.budget_s):
+                self._settle(draft, candidate)
+                self._place(draft, candidate, least=False)
 
-    def _yield(
-        self, draft: Draft, queue: Queue, index: int, candidate: Candidate, limit_s: float
-    ) -> None:
+    def _yield(self, draft: Draft, queue: Queue, index: int, candidate: Candidate) -> None:
         """Places short requests behind a long one, within the share of the time that it leaves."""
         if not candidate.long or candidate.share <= 0 or draft.budget_s == float("inf"):
             return
         yielded_s = draft.loads.seconds() + candidate.share * draft.budget_s
-        limit_s = min(limit_s, yielded_s)
+        limit_s = min(draft.budget_s, yielded_s)
         for other in queue.since(index + 1):
             if other.long or other.number in draft.members:
                 continue
             if self._full(draft, limit_s):
                 return
             if not self._hopeless(draft, other, limit_s):
-                self._place(draft, other, limit_s, least=False)
+                self._settle(draft, other)
+                self._place(draft, other, least=False, limit_s=limit_s)
 
     def _full(self, draft: Draft, limit_s: float) -> bool:
         """Whether not even a least chunk of a fresh prompt fits into any group."""
@@ -279,33 +271,32 @@ class Packer:
             for group in range(self._plan.parallelism.kvp)
         )
 
-    def _beside_a_long(self, draft: Draft, candidate: Candidate) -> bool:
-        """Whether a group that the request works in has a long prefill in the step already."""
-        if not draft.long_groups:
-            return False
-        return self._one_group or bool(self._long_groups(candidate.number) & draft.long_groups)
+    def _settle(self, draft: Draft, candidate: Candidate) -> int:
+        """The group that a request would work in now; one without pages finds its home first."""
+        if self._one_group:
+            return 0
+        sequence = self._book.sequences[candidate.number]
+        if not sequence.pages:
+            sequence.home = self._pages.home(draft.pages, draft.loads, sequence)
+        return self._book.pools.newest_group(sequence.home, sequence.scheduled)
 
-    def _long_groups(self, number: int) -> set[int]:
-        sequence = self._book.sequences[number]
-        return {self._book.pools.newest_group(sequence.home, sequence.scheduled)}
-
-    def _place(self, draft: Draft, candidate: Candidate, limit_s: float, *, least: bool) -> bool:
-        """Places the largest chunk of one request; False where none fits."""
-        book, config = self._book, self._config
-        sequence = book.sequences[candidate.number]
-        fresh = sequence.scheduled == 0
-        if fresh and self._starts <= 0:
+    def _place(
+        self, draft: Draft, candidate: Candidate, *, least: bool, limit_s: float | None = None
+    ) -> bool:
+        """Places the largest chunk of a settled request; False where none fits."""
+        config = self._config
+        sequence = self._book.sequences[candidate.number]
+        limit_s = draft.budget_s if limit_s is None else limit_s
+        fresh = not sequence.pages
+        if fresh and (self._starts <= 0 or self._pages.refuses(draft.pages, sequence)):
             draft.misses += 1
             return False
-        if fresh and not sequence.pages:
-            sequence.home = self._home(draft, sequence)
         prefix = sequence.scheduled
         most = self._most(sequence, draft.loads.tokens(sequence.home, prefix))
         floor = min(config.min_chunk_tokens, sequence.missing, most)
         tokens = draft.loads.largest_chunk(
             sequence.home, prefix, limit_s, most, at_least=max(floor, 1)
         )
-        cut = tokens < most
         if tokens < floor and least:
             tokens = floor
         if floor <= 0 or tokens < floor:
@@ -317,16 +308,16 @@ class Packer:
                     min(prefix, shortest) if limit_s <= limit_then_s else prefix,
                 )
             return False
-        tokens = self._with_pages(draft, sequence, tokens, floor)
+        tokens = self._pages.take(draft.pages, sequence, tokens, floor)
         if tokens <= 0:
             draft.misses += 1
             return False
         draft.loads.add_chunk(sequence.home, tokens, prefix)
-        draft.placed.append(Placed(sequence=sequence, prefix=prefix, tokens=tokens, cut=cut))
+        draft.placed.append((sequence, tokens))
         draft.members.add(candidate.number)
         self._starts -= fresh
         if candidate.long:
-            draft.long_groups |= self._long_groups(candidate.number)
+            draft.long_groups.add(self._book.pools.newest_group(sequence.home, prefix))
         return True
 
     def _hopeless(self, draft: Draft, candidate: Candidate, limit_s: float) -> bool:
@@ -361,85 +352,3 @@ class Packer:
             shard - prefix % shard,
             self._config.max_step_tokens - in_group,
         )
-
-    def _with_pages(self, draft: Draft, sequence: Sequence, tokens: int, floor: int) -> int:
-        """Takes pages for up to `tokens`, at least `floor`; returns how many tokens have pages."""
-        book, pools = self._book, self._book.pools
-        prefix = sequence.scheduled
-        group = pools.newest_group(sequence.home, prefix)
-        running = len(book.running)
-        free = pools.free_pages(group)
-        first = self._kept.group_of(sequence) == group
-        if not first:
-            free -= min(running, 1 + pools.pages // 50)  # decodes grow soon
-        if not sequence.pages:
-            kept = self._kept.before(group, sequence)
-            free -= kept
-            chunk = pools.missing_pages(sequence, prefix + tokens)
-            start = chunk if first else self._start_pages(sequence)
-            if free < start and (kept or running + len(draft.placed)):
-                self._kept.keep(group, sequence, chunk)
-                return 0
-        room = pools.room_tokens(sequence, prefix, max(free, 0))
-        if room < floor:
-            needed = pools.missing_pages(sequence, prefix + floor)
-            keep = draft.members
-            if make_room(book, sequence, group, needed, keep=keep, decodes=False) is not Room.YES:
-                self._kept.keep(group, sequence, needed)
-                return 0
-            room = floor
-        if first:
-            self._kept.release(group)
-        tokens = min(tokens, room)
-        book.grow(sequence, prefix + tokens)
-        return tokens
-
-    def _start_pages(self, sequence: Sequence) -> int:
-        """Free pages without which a prompt does not start: all of a short one, some of a long one.
-
-        A request that was evicted before waits for all it had, so that it is not evicted again.
-        """
-        pools = self._book.pools
-        enough = sequence.length if sequence.evictions else self._config.long_tokens
-        tokens = min(sequence.length, enough, pools.shard_tokens)
-        return min(-(-tokens // pools.page_tokens), pools.pages)
-
-    def _home(self, draft: Draft, sequence: Sequence) -> int:
-        """Group with the least predicted pending seconds, by live state."""
-        groups = self._plan.parallelism.kvp
-        if groups == 1:
-            return 0
-        kept = self._kept.group_of(sequence)
-        if kept is not None:
-            return kept
-        waiting = self._book.waiting
-        started = waiting["started"]
-        pending = np.bincount(
-            waiting["newest"][started], weights=waiting["remaining_s"][started], minlength=groups
-        )
-        return min(
-            range(groups),
-            key=lambda group: (pending[group] + draft.loads.group_seconds(group), group),
-        )
-
-    def _enlarge(self, draft: Draft) -> None:
-        """Gives time that the best-effort class left over to the first chunk that was cut."""
-        if draft.budget_s - draft.loads.seconds() < WORTH * draft.budget_s:
-            return
-        for placed in draft.placed:
-            if not placed.cut:
-                continue
-            loads = draft.base.copy()
-            for other in draft.placed:
-                if other is not placed:
-                    loads.add_chunk(other.sequence.home, other.tokens, other.prefix)
-            home, prefix = placed.sequence.home, placed.prefix
-            in_group = draft.loads.tokens(home, prefix) - placed.tokens
-            most = self._most(placed.sequence, in_group)
-            tokens = loads.largest_chunk(home, prefix, draft.budget_s, most)
-            if tokens > placed.tokens:
-                tokens = self._with_pages(draft, placed.sequence, tokens, placed.tokens)
-                placed.tokens = max(placed.tokens, tokens)
-            loads.add_chunk(home, placed.tokens, prefix)
-            draft.loads = loads
-            return

@@ -1,17 +1,16 @@
 """What a scheduling policy is: it orders requests and says what each yields; pack.py packs."""
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefills:
+class Prefills(Struct, frozen=True, kw_only=True):
     """Requests that still have prefill to do, as columns of one length; read only."""
 
     number: Ints
@@ -40,8 +39,7 @@ class Prefills:
         return len(self.number)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranked:
+class Ranked(Struct, frozen=True, kw_only=True):
     """A policy's answer, one entry a request."""
 
     keys: Floats

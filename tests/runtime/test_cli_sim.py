@@ -43,7 +43,7 @@ def test_the_plans_own_workload_is_served_to_its_end(tmp_path):
     found = json_of(bundle(tmp_path), *LIGHT)
     everyone = found["classes"]["all"]
     assert everyone["requests"] == everyone["finished"] > 20
-    assert found["policy"] == "lars"
+    assert found["policy"] == "lars-lanes"
     assert found["source"] == "workload tiny-mix"
     assert 0 < everyone["ttft_s"]["p50"] <= everyone["ttft_s"]["p99"] <= everyone["ttft_s"]["max"]
 
@@ -99,7 +99,7 @@ def test_several_policies_and_seeds_stand_side_by_side(tmp_path):
 def test_json_to_a_file_leaves_the_tables(tmp_path):
     path = tmp_path / "figures.json"
     assert "TTFT p50" in run(bundle(tmp_path), *LIGHT, "--json", path)
-    assert json.loads(path.read_text())["policy"] == "lars"
+    assert json.loads(path.read_text())["policy"] == "lars-lanes"
 
 
 def test_a_timeline_and_a_plot_are_written(tmp_path):
@@ -149,6 +149,7 @@ def failure(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
         (("--policy", "fcfs", "--policy", "lars", "--timeline", "t.json"), "holds one run"),
         (("--json", "no/such/folder/x.json", *LIGHT), "does not exist"),
         (("--json", ".", *LIGHT), "is a folder"),
+        (("--qps", "1e-320"), "must be at least 1e-09"),
         (("--qps", "1e300"), "at most 10,000,000"),
         (("--qps", "1", "--duration", "1e300"), "at most 10,000,000"),
         (("--arrivals", "trace"), "has no arrivals"),
@@ -196,7 +197,7 @@ def test_only_json_is_on_stdout_of_the_process(tmp_path):
         text=True,
         check=True,
     )
-    assert json.loads(result.stdout)["policy"] == "lars"
+    assert json.loads(result.stdout)["policy"] == "lars-lanes"
     assert result.stderr == ""
 
 

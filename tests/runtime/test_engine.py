@@ -1,5 +1,8 @@
 """The engine loop over the simulated executor: every policy, stages, groups, memory pressure."""
 
+import itertools
+import math
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -181,9 +184,54 @@ def test_many_prompts_that_cannot_have_pages_do_not_hide_the_one_that_can_run() 
     assert len(run.engine.records) == 300
 
 
-@pytest.mark.parametrize("field", ["arrival_s", "ttft_target_s", "tbt_target_s"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+NOT_ARRIVALS = [("arrival_s", value) for value in (math.nan, -math.inf, math.inf)]
+NOT_TARGETS = itertools.product(["ttft_target_s", "tbt_target_s"], [math.nan, -math.inf])
+
+
+@pytest.mark.parametrize(("field", "value"), [*NOT_ARRIVALS, *NOT_TARGETS])
 def test_times_that_are_no_numbers_are_refused(field: str, value: float) -> None:
     times = {"arrival_s": 0.0, field: value}
     with pytest.raises(Refused, match="finite"):
         Run(sim_plan()).engine.add(Request(number=0, prompt_tokens=1, max_tokens=1, **times))
+
+
+def test_a_number_that_is_in_use_is_refused() -> None:
+    run = Run(sim_plan())
+    request = Request(number=7, arrival_s=0.5, prompt_tokens=20, max_tokens=2)
+    run.engine.add(request)
+    with pytest.raises(Refused, match="request 7: another request has this number"):
+        run.engine.add(request)  # not there yet
+    while not run.engine.book.sequences:
+        run.engine.tick()
+    with pytest.raises(Refused, match="request 7"):
+        run.engine.add(request)  # there
+    run.drain()
+    assert len(run.engine.records) == 1
+
+
+def test_a_server_keeps_the_newest_records_and_gaps_and_tells_of_all() -> None:
+    plan = sim_plan()
+    work = [
+        Request(number=number, arrival_s=0.01 * number, prompt_tokens=40, max_tokens=6)
+        for number in range(30)
+    ]
+    engines = []
+    for keep in (None, 7):
+        audit, clock = Audit(plan), VirtualClock()
+        engine = Engine(
+            plan,
+            SimulatedExecutor(plan, clock),
+            clock,
+            load_policy("lars", plan.scheduler),
+            observer=audit,
+            keep=keep,
+        )
+        for request in work:
+            engine.add(request)
+        engine.run()
+        assert len(audit.records) == 30
+        engines.append(engine)
+    everything, newest = engines
+    assert list(newest.records) == list(everything.records)[-7:]
+    assert len(everything.gaps["short"]) == 30 * 5  # between 6 tokens each
+    assert list(newest.gaps["short"]) == list(everything.gaps["short"])[-7:]

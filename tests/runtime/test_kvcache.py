@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.columns import NO_ROW, Columns
+from runtime.columns import Columns
 from runtime.kvcache import PagePools
 from runtime.request import Request, Sequence
-from runtime.scheduler.order import in_order
+from runtime.running import Running
+from runtime.scheduler.order import Candidate, in_order, queues
+from runtime.scheduler.policy import Prefills, Ranked
 
 
 def sequence(number: int, home: int = 0) -> Sequence:
@@ -98,15 +100,35 @@ def test_columns_find_rows_by_number_whatever_was_removed(data: st.DataObject) -
             gone = data.draw(st.sampled_from(sorted(plain)))
             columns.remove(gone)
             del plain[gone]
+        elif data.draw(st.booleans()):
+            changed = data.draw(st.sampled_from(sorted(plain)))
+            columns.update(changed, value=-1.0)
+            plain[changed] = -1.0
     assert len(columns) == len(plain)
     assert dict(zip(columns["number"].tolist(), columns["value"].tolist(), strict=True)) == plain
     for number in range(60):
         assert (number in columns) == (number in plain)
         if number in plain:
             assert columns["value"][columns.row(number)] == plain[number]
-    if plain:
-        gone_rows = columns.rows(np.arange(len(plain)))
-        assert [row != NO_ROW for row in gone_rows] == [n in plain for n in range(len(plain))]
+
+
+@given(st.data())
+def test_running_requests_are_found_by_number_whatever_was_removed(data: st.DataObject) -> None:
+    running = Running()
+    plain: dict[int, Sequence] = {}
+    for number in range(data.draw(st.integers(1, 60))):
+        plain[number] = sequence(number, 0)
+        running.add(plain[number])
+        if data.draw(st.booleans()):
+            gone = data.draw(st.sampled_from(sorted(plain)))
+            running.remove(gone)
+            del plain[gone]
+    assert len(running) == len(plain)
+    assert sorted(each.number for each in running) == sorted(plain)
+    for number in range(60):
+        assert (number in running) == (number in plain)
+    asked = data.draw(st.permutations(range(60)))
+    assert running.among(asked) == [plain[number] for number in asked if number in plain]
 
 
 @given(
@@ -118,3 +140,47 @@ def test_lazy_order_is_the_sorted_order_with_ties_by_number(keys: list[float], r
     random.shuffle(numbers)
     found = list(in_order(np.array(keys), np.array(numbers, dtype=np.int64)))
     assert found == sorted(range(len(keys)), key=lambda index: (keys[index], numbers[index]))
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.0, 0.5, -3.0, 7.25]), st.booleans(), st.booleans()),
+        max_size=200,
+    ),
+    started_only=st.booleans(),
+    most=st.sampled_from([1, 5, 256]),
+    first=st.integers(0, 70),
+    random=st.randoms(use_true_random=False),
+)
+def test_queues_are_the_sorted_classes_whether_few_wait_or_many(
+    rows, started_only, most, first, random
+) -> None:  # type: ignore[no-untyped-def]
+    numbers = list(range(len(rows)))
+    random.shuffle(numbers)
+    number = np.array(numbers, dtype=np.int64)
+    keys, started, late = (np.array([row[each] for row in rows]) for each in range(3))
+    waiting = Prefills(
+        number=number,
+        arrival_s=keys,
+        deadline_s=keys,
+        work_s=keys,
+        remaining_s=keys,
+        prompt_tokens=number,
+        missing_tokens=number + 3,
+        started=started.astype(np.bool_),
+        recent=started.astype(np.bool_),
+        long=number % 2 == 0,
+        served_tokens=number,
+        step=0,
+    )
+    ranked = Ranked(keys=keys, yields=number / 8, demoted=late.astype(np.bool_))
+    found = queues(waiting, number + 1, ranked, started_only=started_only, most=most)
+    for queue, demoted in zip(found, (False, True), strict=True):
+        expected = [
+            Candidate(each, each + 1, each + 3, each % 2 == 0, each / 8)
+            for _, each, _, is_late in sorted(zip(keys, numbers, started, late, strict=True))
+            if is_late == demoted and (started[numbers.index(each)] or not started_only)
+        ][:most]
+        assert len(queue) == len(expected)
+        assert list(queue.since(first)) == expected[first:]
+        assert list(queue) == expected

@@ -1,7 +1,6 @@
 """Every policy: its key against the formula written out for one request, and what all must hold."""
 
 import math
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -53,7 +52,7 @@ def rank(spec: str, waiting: Prefills, now_s: float = NOW_S) -> Ranked:
 
 def some(waiting: Prefills, rows: np.ndarray) -> Prefills:
     """The same requests in another order, or a part of them."""
-    columns = {each.name: getattr(waiting, each.name) for each in fields(Prefills)}
+    columns = {name: getattr(waiting, name) for name in Prefills.__struct_fields__}
     step = columns.pop("step")
     return Prefills(**{name: column[rows] for name, column in columns.items()}, step=step)
 
@@ -67,12 +66,19 @@ def over(seconds: float, divisor: float) -> float:
     return seconds / max(float(divisor), 1e-6)
 
 
+def earned(slack_s: float, deadline_s: float) -> float:
+    """Half of the slack until one deadline late, and a two hundredth of what is beyond."""
+    if slack_s >= -deadline_s:
+        return 0.5 * slack_s
+    return -0.5 * deadline_s + 0.005 * (slack_s + deadline_s)
+
+
 SCALAR = {
     "edf": lambda w, row: w.arrival_s[row] + w.deadline_s[row],
     "fcfs": lambda w, row: w.number[row],
     "fcfs-whole": lambda w, row: w.number[row],
     "lars": lambda w, row: over(slack(w, row), w.work_s[row]) - (0.02 if w.recent[row] else 0.0),
-    "lars-lanes": lambda w, row: w.remaining_s[row] + 0.1 * slack(w, row),
+    "lars-lanes": lambda w, row: w.remaining_s[row] + earned(slack(w, row), w.deadline_s[row]),
     "lars-paper": lambda w, row: over(slack(w, row), w.work_s[row]),
     "lrs": lambda w, row: over(slack(w, row), w.deadline_s[row]),
     "slack": slack,
@@ -202,8 +208,8 @@ def test_ranking_is_pure(spec: str, waiting: Prefills) -> None:
     again = policy.rank(waiting, now_s=NOW_S)
     for name in ("keys", "yields", "demoted"):
         assert (getattr(first, name) == getattr(again, name)).all()
-    for each in fields(Prefills):
-        assert np.array_equal(getattr(waiting, each.name), getattr(before, each.name))
+    for name in Prefills.__struct_fields__:
+        assert np.array_equal(getattr(waiting, name), getattr(before, name))
 
 
 def equal_prefills(numbers: np.ndarray, arrival_s: np.ndarray) -> Prefills:

@@ -128,6 +128,16 @@ BROKEN = {
         '{"input_tokens": 1, "output_tokens": 1}\n{"input_tokens": 1}',
         "line 2: output_tokens: has no value",
     ),
+    "a column twice": (
+        ".csv",
+        "arrival_s,input_tokens,output_tokens,input_tokens\n0,1,1,2\n",
+        "line 1: column 'input_tokens' stands twice",
+    ),
+    "a quote that never ends": (
+        ".csv",
+        f'{GENERIC}0,1,1\n"1,1,1\n2,1,1\n',
+        "line 4: unexpected end of data",
+    ),
     "unknown ending": (".parquet", "x", "a trace ends in .csv, .jsonl"),
     "quantiles that fall": (
         ".csv",
@@ -170,6 +180,15 @@ def test_a_missing_file_and_broken_compression_are_errors_of_the_file(tmp_path):
     broken.write_bytes(gzip.compress((GENERIC + "0,10,2\n" * 1000).encode())[:-20])
     with pytest.raises(InvalidFile, match="cannot be read"):
         read_trace(broken)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+def test_text_that_is_not_utf_8_names_its_line(tmp_path, suffix):
+    path = tmp_path / f"trace{suffix}"
+    text = GENERIC.encode() + b"0,10,2\n" * 5000 + b"1,\xff,2\n" + b"0,10,2\n" * 5000
+    path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    with pytest.raises(InvalidFile, match="line 5002: is not UTF-8 text"):
+        read_trace(path)
 
 
 def test_a_row_above_the_context_limit_names_its_line_and_the_nearest_plan(tmp_path):

@@ -57,7 +57,8 @@ class EngineSteps(ABC):
             draft = self.compose(now_s)  # a decode gave up its pages: others can use them now
         if draft.empty:
             return None
-        return self._maker.make(np.array(sorted(draft.decodes), dtype=np.int64), draft.chunks)
+        decodes = [self.book.sequences[number] for number in sorted(draft.decodes)]
+        return self._maker.make(decodes, draft.chunks)
 
     def predicted_s(self, step: Step) -> float:
         """The formula's seconds of a step, summed over stages, without overrun or margin."""
@@ -97,8 +98,7 @@ class EngineSteps(ABC):
 
     def idle_decodes(self) -> list[int]:
         """Running requests with nothing in flight, in order of arrival."""
-        running = self.book.running
-        return sorted(running["number"][~running["in_flight"]].tolist())
+        return sorted(each.number for each in self.book.running.rows if not each.in_flight)
 
     # --- what -----------------------------------------------------------------------------------
 
@@ -121,14 +121,12 @@ class EngineSteps(ABC):
     def room(self, draft: Draft, sequence: Sequence, tokens: int) -> Room:
         """Takes the pages of the next `tokens`, from victims where needed."""
         book, pools = self.book, self.book.pools
-        book.sync(sequence)
         end = sequence.scheduled + tokens
         group = pools.newest_group(sequence.home, end - 1)
         while pools.missing_pages(sequence, end) > pools.free_pages(group):
             victim = self.victim(draft, sequence)
             if victim is None:
                 return Room.NO
-            book.sync(victim)
             if victim.in_flight:
                 return Room.LATER
             self.admitted.remove(victim.number)

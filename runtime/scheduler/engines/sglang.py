@@ -35,8 +35,6 @@ class SglangSteps(EngineSteps):
     def victim(self, draft: Draft, taker: Sequence) -> Sequence | None:
         """The decode that is retracted; None where all are in flight."""
         sequences = [self.book.sequences[each] for each in self.idle_decodes()]
-        for sequence in sequences:
-            self.book.sync(sequence)
         return min(
             sequences,
             key=lambda each: (each.generated, -each.request.prompt_tokens, each.number),

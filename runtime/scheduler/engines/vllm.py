@@ -72,8 +72,7 @@ class VllmSteps(EngineSteps):
             if sequence.number in book.waiting:
                 tokens = self.piece(sequence, min(draft.left, cap))
             elif sequence.number in book.running:
-                busy = book.running["in_flight"][book.running.row(sequence.number)]
-                tokens = 0 if busy else 1
+                tokens = 0 if sequence.in_flight else 1
             else:
                 tokens = 0  # its last chunk is in flight
             if not tokens:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers
 
 import runtime.cli_run
+import runtime.executor.live
 from runtime.executor.live import LiveExecutor
 from runtime.offline import Result
 
@@ -65,6 +66,22 @@ def results_of(text: str) -> list[Result]:
 
 
 # --- answers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flag", "graphs"), [((), True), (("--no-graphs",), False)])
+def test_whoever_runs_may_decline_graphs(run, monkeypatch, flag, graphs):
+    made = []
+
+    class Noted(runtime.executor.live.LiveExecutor):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append(kwargs["graphs"])
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(runtime.executor.live, "LiveExecutor", Noted)
+    status, out, _ = run({"token_ids": [5, 6, 7], "max_tokens": 4}, flags=flag)
+    assert status == 0
+    assert list(results_of(out)[0].token_ids) == toy_answer([5, 6, 7], 4)
+    assert made == [graphs]
 
 
 def test_answers_come_in_the_order_of_the_requests_with_their_ids(run):

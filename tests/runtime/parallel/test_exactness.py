@@ -181,6 +181,7 @@ def serve(
             engine.cancel(watcher.to_cancel)
             watcher.to_cancel = None
     engine.book.check_integrity()
+    engine.close()
     if log is not None:
         log.write_bytes(decisions.getvalue())
     return answers, engine.records, watcher

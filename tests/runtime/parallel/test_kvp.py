@@ -1,18 +1,22 @@
 """The merge of shards, and what a group runs and exchanges, against plain attention in float64."""
 
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from builders import make_plan
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plans.mesh import Parallelism
 from plans.plan import Plan
 from runtime.executor.base import Chunk, Step
+from runtime.parallel import merging
 from runtime.parallel.inputs import pack, rows_of_group, sampled_rows
 from runtime.parallel.kvp import exchange_of, merge_shards, pack_partial, unpack_partial
 from runtime.parallel.table import Row, State, newest_shard, row_groups, step_groups
@@ -22,6 +26,7 @@ MERGE_TOLERANCE = 1e-6
 """Values below 1 in size; weights, sum and quotient round by 2^-24 each, over at most 8 shards:
 8 x 3 x 2^-24 = 1.4e-6 at the very worst, and the errors of random signs stay below half of it."""
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def kvp_plan(kvp: int) -> Plan:
@@ -90,7 +95,7 @@ def row_of(plan: Plan, *, prefix: int, tokens: int, home: int, samples: bool = T
 
 
 @st.composite
-def kvp_rows(draw: st.DrawFn) -> tuple[Plan, list[Row]]:
+def kvp_rows(draw: st.DrawFn, most: int = 256) -> tuple[Plan, list[Row]]:
     kvp = draw(st.integers(1, 8))
     plan = kvp_plan(kvp)
     shard = plan.kv.tokens_per_kvp_shard
@@ -98,7 +103,7 @@ def kvp_rows(draw: st.DrawFn) -> tuple[Plan, list[Row]]:
     for _ in range(draw(st.integers(1, 4))):
         newest = draw(st.integers(0, kvp - 1))
         inside = draw(st.integers(0, shard - 1))
-        tokens = draw(st.integers(1, shard - inside))
+        tokens = draw(st.integers(1, min(shard - inside, most)))
         home = draw(st.integers(0, kvp - 1))
         rows.append(
             row_of(
@@ -203,3 +208,98 @@ def test_a_step_waits_for_the_groups_of_its_rows_and_for_no_other(case):
     assert step_groups(plan, step) == expected
     working = {group for group in range(plan.parallelism.kvp) if rows_of_group(plan, rows, group)}
     assert working == expected
+
+
+def _swapped(sent: dict[int, torch.Tensor], exchanges: dict, token_bytes: int):
+    """What each group receives, as the network would bring it."""
+    parts = {}
+    for group, exchange in exchanges.items():
+        sizes = [len(peer.shared_S) * token_bytes for peer in exchange.peers]
+        for peer, part in zip(exchange.peers, sent[group].split(sizes), strict=True):
+            parts[group, peer.group] = part
+    return {
+        group: torch.cat([parts[peer.group, group] for peer in exchange.peers])
+        for group, exchange in exchanges.items()
+    }
+
+
+@settings(max_examples=4)
+@given(kvp_rows(most=20), st.sampled_from([torch.float32, torch.float16]))
+def test_the_kernels_of_a_gpu_exchange_and_merge_the_same_rows(case, dtype):
+    """Every group's merged rows equal merge_shards of all that groups hold, and the others stay."""
+    plan, rows = case
+    heads, head_dim = 6, 16
+    groups = range(plan.parallelism.kvp)
+    mine = {group: rows_of_group(plan, rows, group) for group in groups}
+    exchanges = {
+        group: exchange
+        for group in groups
+        if (exchange := exchange_of(plan, mine[group], group, list(groups), DEVICE))
+    }
+    held: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    outs, lses, owners = {}, {}, {}
+    for group in groups:
+        owners[group] = [(id(row), token) for row in mine[group] for token in range(row.tokens)]
+        tokens = len(owners[group])
+        random = torch.Generator().manual_seed(group)
+        outs[group] = torch.randn(tokens, heads, head_dim, generator=random).to(dtype)
+        lses[group] = torch.randn(tokens, heads, generator=random) * 9
+        lses[group][torch.rand(tokens, heads, generator=random) < 0.1] = -torch.inf
+        outs[group], lses[group] = outs[group].to(DEVICE), lses[group].to(DEVICE)
+        outs[group][lses[group] == -torch.inf] = 0
+        for at, owner in enumerate(owners[group]):
+            held[(*owner, group)] = outs[group][at].clone(), lses[group][at]
+    sent = {
+        group: merging.pack_shares(outs[group], lses[group], each.rows_E, each.places_3E)
+        for group, each in exchanges.items()
+    }
+    size = heads * (head_dim * outs[0].element_size() + 4)
+    for group, received in _swapped(sent, exchanges, size).items():
+        each = exchanges[group]
+        merging.merge_shares(
+            outs[group], lses[group], each.rows_S, each.shares_GS, each.places_3E, received
+        )
+        for at, owner in enumerate(owners[group]):
+            parts = [held[*owner, g] for g in groups if (*owner, g) in held]
+            expected = merge_shards(
+                torch.stack([out for out, _ in parts])[:, None],
+                torch.stack([lse for _, lse in parts])[:, None],
+            )[0]
+            # the same arithmetic in fp32, but for how exp rounds; then one rounding to dtype
+            atol = 2**-20 if dtype == torch.float32 else 2**-9
+            torch.testing.assert_close(outs[group][at], expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kernel", ["pack_kernel", "merge_kernel"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_kernels_of_a_gpu_compile_for_sm_90(kernel, head_dim):
+    """Without spills, 16 bytes a load at head size 128; in a child process, which compiles."""
+    lines = [
+        "import re, triton",
+        "from triton.backends.compiler import GPUTarget",
+        "from triton.compiler import ASTSource",
+        "from runtime.parallel import merging",
+        f"kernel = merging.{kernel}",
+        f"fixed = dict(GROUPS=4, HEAD={head_dim}, HEADS=8, SIZE=2, LSE=4, ALIGNED=True)",
+        "kinds = dict(rows_ptr='*i64', places_ptr='*i32', shares_ptr='*i32')",
+        "kinds |= dict.fromkeys(('entries', 'shared', 'heads'), 'i32')",
+        "kinds |= dict.fromkeys(('lse_ptr', 'sent_lse_ptr', 'received_lse_ptr'), '*fp32')",
+        "names = kernel.arg_names",
+        "types = {n: 'constexpr' if n in fixed else kinds.get(n, '*bf16') for n in names}",
+        "values = {(names.index(n),): v for n, v in fixed.items() if n in names}",
+        "sixteen = [['tt.divisibility', 16]]",
+        "even = {(at,): sixteen for at, n in enumerate(names) if n.endswith('_ptr')}",
+        "source = ASTSource(kernel, types, values, even)",
+        "made = triton.compile(source, target=GPUTarget('cuda', 90, 32))",
+        "sass = made.asm['sass']",
+        "print('spills', 'STL' in sass, 'wide', bool(re.search(r'LDG\\.E\\.(\\w+\\.)?128', sass)))",
+    ]
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == f"spills False wide {head_dim == 128}", done.stderr[-2000:]

@@ -1,0 +1,117 @@
+"""Steps packed before the last one's tokens are there: the engine over an executor that feeds back.
+
+The audit allows one token of a request in flight, and checks everything else as it always does.
+"""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runtime_audit import Audit, FeedingExecutor, Run
+from strategies_runtime import requests, sim_plan
+
+from plans.plan import Plan
+from runtime.clock import VirtualClock
+from runtime.decisions import DecisionLog, read_log, replay
+from runtime.engine import Engine
+from runtime.request import Request
+from runtime.scheduler import load_policy
+
+POLICIES = st.sampled_from(["lars", "fcfs", "fcfs,chunk=40", "lars,chunk=7", "fcfs@vllm,chunk=50"])
+
+
+@st.composite
+def crowded_plans(draw: st.DrawFn) -> Plan:
+    return sim_plan(
+        spare_pages=draw(st.sampled_from([0, 1, 3, 64])),
+        sequences=draw(st.sampled_from([1, 2, 5, 16])),
+    )
+
+
+@settings(max_examples=60)
+@given(crowded_plans(), POLICIES, requests())
+def test_every_request_ends_and_no_step_breaks_an_invariant(plan, policy, asked):
+    run = Run(plan, policy, ahead=True)
+    for each in asked:
+        run.engine.add(each)
+    run.drain()
+    assert {record.reason for record in run.engine.records} == {"length"}
+    assert all(record.generated == record.request.max_tokens for record in run.engine.records)
+
+
+@settings(max_examples=30)
+@given(requests(), st.data())
+def test_what_was_computed_behind_a_cancellation_is_dropped(asked, data):
+    run = Run(sim_plan(spare_pages=3), ahead=True)
+    for each in asked:
+        run.engine.add(each)
+    going = True
+    while going:
+        going = run.engine.tick()
+        number = data.draw(st.integers(0, 3 * len(asked)))
+        if going and number < len(asked):
+            run.engine.cancel(number)
+    run.engine.book.check_integrity()
+    assert run.engine.book.pools.used_share() == 0.0
+
+
+def test_the_next_decode_stands_behind_the_step_that_yields_its_token():
+    run = Run(sim_plan(), ahead=True)
+    run.engine.add(Request(number=0, arrival_s=0.0, prompt_tokens=20, max_tokens=12))
+    most = 0
+    while run.engine.tick():
+        most = max([most, *(each.in_flight for each in run.engine.book.running)])
+    assert most == 1  # after a tick: of two steps one has been collected
+    starts = [int(step.decode_prefix[0]) for step in run.audit.steps if len(step.decodes)]
+    assert starts == list(range(20, 31))
+
+
+def test_the_first_decode_stands_behind_the_chunk_that_yields_its_token():
+    """Else the first of a request's gaps is two steps long whenever others run."""
+    run = Run(sim_plan(), ahead=True)
+    run.engine.add(Request(number=0, arrival_s=0.0, prompt_tokens=20, max_tokens=60))
+    run.engine.add(Request(number=1, arrival_s=0.01, prompt_tokens=20, max_tokens=3))
+    run.drain()
+    [ending] = [
+        step.step_id
+        for step in run.audit.steps
+        for chunk in step.chunks
+        if chunk.request == 1 and chunk.samples
+    ]
+    decodes = [step.step_id for step in run.audit.steps if 1 in step.decodes.tolist()]
+    assert decodes == [ending + 1, ending + 2]
+
+
+def test_a_step_in_flight_does_not_count_as_waiting_for_a_token():
+    """Else each step behind a long one would get half of the budget."""
+    plan = sim_plan()
+    chunks = {}
+    for ahead in (False, True):
+        run = Run(plan, "fcfs", ahead=ahead)
+        run.engine.add(Request(number=0, arrival_s=0.0, prompt_tokens=8, max_tokens=900))
+        run.engine.add(Request(number=1, arrival_s=0.01, prompt_tokens=1000, max_tokens=1))
+        run.drain()
+        chunks[ahead] = sum(bool(step.chunks) for step in run.audit.steps)
+    assert chunks[True] <= chunks[False] + 1
+
+
+@pytest.mark.parametrize("spare_pages", [0, 64])
+def test_a_log_of_steps_packed_ahead_replays_to_the_same_schedule(tmp_path: Path, spare_pages: int):
+    plan, clock = sim_plan(spare_pages=spare_pages), VirtualClock()
+    path = tmp_path / "decisions.jsonl"
+    with path.open("wb") as file:
+        engine = Engine(
+            plan,
+            FeedingExecutor(plan, clock),
+            clock,
+            load_policy("lars", plan.scheduler),
+            observer=Audit(plan, ahead=True),
+            log=DecisionLog(file, plan, "lars", ahead=True),
+            ahead=True,
+        )
+        for number in range(6):
+            engine.add(Request(number=number, arrival_s=0.0, prompt_tokens=200, max_tokens=100))
+        engine.run()
+        engine.close()
+    assert replay(plan, read_log(path)).steps == engine.book.steps
