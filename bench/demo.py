@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo-out"
 SHORT_PROMPTS = 16
 LONG_TOKENS = 8192
-POLICIES = ("fcfs", "lars")
+POLICIES = ("fcfs", "lars-lanes")
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Waiting threads let go of their core: where others share the machine, spinning costs 6 x."""
 

@@ -166,6 +166,16 @@ MUTATIONS = {
         "return tokens >= self.refused[0] and number > self.refused[1]",
         "return self.refused[0] < 1 << 62",
     ),
+    "pages kept in one group refuse who has some kept in another": (
+        "runtime/scheduler/pages.py",
+        "step.refused = sequence.length, self._kept.newest_before(sequence)",
+        "step.refused = sequence.length, min(self._kept.numbers())",
+    ),
+    "a decode in flight bounds no step": (
+        "runtime/scheduler/budget.py",
+        "        if len(decodes) < len(book.running):\n",
+        "        if False:\n",
+    ),
     "a home without room is chosen": (
         "runtime/scheduler/pages.py",
         "            roomy or groups, key=",

@@ -3,9 +3,9 @@
 from msgspec import structs
 
 from planner.capacity import capacity
-from planner.cost import ERROR_BAND, PROVENANCE
+from planner.cost import costed
+from planner.price import Priced, tbt_s
 from planner.schedule import with_predictions
-from planner.search import Priced, tbt_s
 from planner.world import World
 from plans.chunks import ChunkRow, Prefill, WorkTable
 from plans.plan import MadeBy, Plan, Predicted
@@ -30,13 +30,15 @@ def to_plan(
     kv = priced.footprint.kv
     rows, table = with_predictions(priced.sizes, priced.time, kv.tokens_per_kvp_shard)
     lengths = shown_lengths(world.limits.context_tokens)
+    basis = costed(priced.world, priced.candidate, priced.placement)
+    notes = (*notes, *basis.notes)
     if idle := priced.placement.idle:
         where = ", ".join(f"({node}, {device})" for node, device in idle)
         notes = (*notes, f"{len(idle)} of {world.gpus} devices idle, as (node, device): {where}")
     return Plan(
         name=name,
         made_by=made_by,
-        model=world.model,
+        model=priced.world.model,
         workload=world.workload,
         targets=world.targets,
         limits=world.limits,
@@ -57,15 +59,15 @@ def to_plan(
             },
             capacity_rps=priced.capacity.rps,
             bound_by=priced.capacity.bound_by,
-            error_band=ERROR_BAND,
-            provenance=PROVENANCE,
+            error_band=basis.error_band,
+            provenance=basis.provenance,
             notes=notes,
         ),
     )
 
 
 def evaluate(plan: Plan, prompt_tokens: int | None = None) -> Plan:
-    """The plan with every predicted number computed from its own step times; nothing else changes.
+    """The plan with every predicted number computed from its own step times, without a replay.
 
     prompt_tokens  a further length to predict, at most the context limit
     """
@@ -83,6 +85,7 @@ def evaluate(plan: Plan, prompt_tokens: int | None = None) -> Plan:
         tuple((row.until_tokens, row.chunk_tokens) for row in rows),
         pool_tokens=plan.kv.pages_per_rank * plan.kv.page_tokens,
         shard_tokens=shard,
+        page_tokens=plan.kv.page_tokens,
     )
     chunks = tuple(
         ChunkRow(
@@ -97,6 +100,8 @@ def evaluate(plan: Plan, prompt_tokens: int | None = None) -> Plan:
         ttft_s={str(tokens): table.solo_s(tokens) for tokens in sorted(lengths)},
         tbt_s={str(tokens): tbt_s(plan.step_time, tokens, shard) for tokens in sorted(lengths)},
         capacity_rps=rate.rps,
+        goodput_rps=None,
         bound_by=rate.bound_by,
+        replay=None,
     )
     return structs.replace(plan, prefill=Prefill(chunks=chunks), predicted=predicted)

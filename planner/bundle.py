@@ -1,21 +1,35 @@
 """Adds the compiled program to a plan: the only planner module that imports codegen and torch."""
 
 import hashlib
+from importlib.metadata import PackageNotFoundError, version
 
 from msgspec import structs
 
-from codegen.emit import emit_program
+from codegen.emit import default_target, emit_program
+from codegen.kernels import KERNELS, load_spec
+from codegen.tune import source_sha256
+from planner.tuned import Choice, choose
 from plans.errors import Infeasible
 from plans.plan import Plan
 
 
-def compile_plan(plan: Plan, *, dump_graph: bool = False) -> tuple[Plan, dict[str, bytes]]:
+def compile_plan(
+    plan: Plan, *, dump_graph: bool = False, attention: str = "ours"
+) -> tuple[Plan, dict[str, bytes]]:
     """The plan with its kernels and the sha256 of every program file; and the files by path.
 
+    Kernels get the parameters that were tuned on the plan's device; where none fit, the plan's
+    notes say so.
+
+    attention   "flash-attn" lets that package compute attention, where a GPU runs the plan
     dump_graph  adds graphs/<name>.txt, which the runtime does not need and the plan does not hash
     raises      Infeasible("activations") where the program's buffers exceed what the plan set aside
     """
-    program = emit_program(plan, dump_graph=dump_graph)
+    choice = tuned(plan)
+    target = default_target(plan)
+    if attention == "flash-attn" and target == "triton":
+        target = "flash_attn"
+    program = emit_program(plan, target=target, dump_graph=dump_graph, params=choice.params)
     most = max(program.peak_activation_bytes)
     if most > plan.memory.activations_bytes:
         raise Infeasible(
@@ -26,6 +40,24 @@ def compile_plan(plan: Plan, *, dump_graph: bool = False) -> tuple[Plan, dict[st
         )
     files = dict(sorted(program.files.items()))
     hashes = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
-    plan = structs.replace(plan, kernels=program.kernels, files=hashes)
+    predicted = structs.replace(plan.predicted, notes=(*plan.predicted.notes, *choice.notes))
+    plan = structs.replace(plan, kernels=program.kernels, files=hashes, predicted=predicted)
     graphs = {f"graphs/{name}.txt": text.encode() for name, text in sorted(program.graphs.items())}
     return plan, files | graphs
+
+
+def tuned(plan: Plan) -> Choice:
+    """Parameters for the plan's kernels; none where it runs without ours."""
+    if default_target(plan) != "triton":
+        return Choice(params={}, notes=())
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:  # planning alone works where no wheel of it exists
+        triton = "none"
+    return choose(plan, _sha256, triton)
+
+
+def _sha256(op: str) -> str:
+    """Of an op's kernel here; of nothing where it has none, which no record equals."""
+    has_kernel = op in KERNELS and "triton" in load_spec(op).targets
+    return source_sha256(op) if has_kernel else ""

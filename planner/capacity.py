@@ -1,8 +1,9 @@
 """Requests a second of a workload that one plan sustains, and what limits them.
 
 The steady state of a mixed step: on average x requests arrive a step and KVP group, so each step
-holds their prefill tokens and their decodes. x grows until the step, summed over its stages, takes
-the step budget; then
+holds their prefill tokens and their decodes. x grows until the step, summed over its stages and
+over-estimated by the packer's margin, takes the step budget; where decodes alone fill that, x is
+what the least progress of a prefill allows. Then
 
     capacity = replicas x kvp x x / (time of the slowest stage)      steps follow at its pace
 
@@ -11,10 +12,11 @@ sequence limit bound as well. No queueing constant, no efficiency factor beyond 
 Input and output lengths of a class are taken as independent.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from planner.schedule import spans
 from plans.mesh import Parallelism
@@ -22,8 +24,6 @@ from plans.plan import Scheduler
 from plans.steptime import StepTime, table_s
 from plans.workload import Limits, Quantile, RequestClass, Workload
 
-BUDGET_ROOM = 1.25
-"""Where reading the weights alone fills the step budget, a step may take this much of that time."""
 GAUSS = ((0.1127016653792583, 5 / 18), (0.5, 8 / 18), (0.8872983346207417, 5 / 18))
 """Points and weights of the three-point rule on [0, 1]: exact for a prompt's quadratic work."""
 BISECTIONS = 40
@@ -45,8 +45,7 @@ class Asked(Protocol):
         """Budgets."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What requests add to steps, summed over the KVP groups: tokens and one layer's seconds."""
 
     tokens: float = 0.0
@@ -59,10 +58,11 @@ class Work:
     def plus(self, other: "Work", scale: float = 1.0) -> "Work":
         """This work and `scale` times the other."""
         return Work(
-            **{
-                field.name: getattr(self, field.name) + scale * getattr(other, field.name)
-                for field in fields(self)
-            }
+            self.tokens + scale * other.tokens,
+            self.samples + scale * other.samples,
+            self.chunk_attention_s + scale * other.chunk_attention_s,
+            self.decode_attention_s + scale * other.decode_attention_s,
+            self.merge_tokens + scale * other.merge_tokens,
         )
 
 
@@ -76,6 +76,8 @@ class Capacity:
     """Time between tokens at that rate: a step summed over its stages."""
     decoding: float
     """Requests that decode at the same time, per replica."""
+    terms: dict[str, float]
+    """Seconds of that step on the slowest stage, by term."""
 
 
 class PromptWork:
@@ -87,18 +89,23 @@ class PromptWork:
         """Covers prompts of up to `tokens` tokens."""
         self._time = time
         self._shard_tokens = shard_tokens
+        self._known: dict[float, Work] = {}
         self._spans = spans(sizes, tokens, shard_tokens)
+        self._firsts = [first for first, _, _ in self._spans]
         self._before = [Work()]
         for first, end, chunk in self._spans:
             self._before.append(self._before[-1].plus(self._span(first, end, chunk)))
 
     def of(self, tokens: float) -> Work:
         """Work of a prompt; fractions allowed, since it is used for means."""
+        if tokens in self._known:
+            return self._known[tokens]
         work = Work()
-        for (first, end, chunk), before in zip(self._spans, self._before, strict=False):
-            if tokens <= first:
-                break
-            work = before.plus(self._span(first, min(end, tokens), chunk))
+        at = bisect_left(self._firsts, tokens) - 1  # the last span that starts below
+        if at >= 0:
+            first, end, chunk = self._spans[at]
+            work = self._before[at].plus(self._span(first, min(end, tokens), chunk))
+        self._known[tokens] = work
         return work
 
     def _span(self, first: float, end: float, chunk: int) -> Work:
@@ -144,6 +151,8 @@ class Demand:
     """Means of one request of the workload."""
 
     work: Work
+    prompt_rows: float
+    """Tokens of the prompt, in each group that repeats them."""
     output_tokens: float
     decode_kv_tokens: float
     """KV tokens held, summed over the steps of the answer."""
@@ -163,14 +172,16 @@ def demand(
         return Work(tokens=tokens / 2 * max(prompts.of(tokens).samples / groups, 1.0))
 
     work = Work()
-    output = decode_kv = prefill_kv = 0.0
+    output = rows = decode_kv = prefill_kv = 0.0
     for each in asked.workload.classes:
         longest_out = min(each.output_tokens[-1][1], context - 1)
         mean_in = mean_tokens(each.input_tokens, context)
         mean_out = mean_tokens(each.output_tokens, longest_out)
         square_out = mean_tokens(each.output_tokens, longest_out, power=2)
         held = min(mean_out * mean_in + square_out / 2, mean_out * context)
-        work = work.plus(mean_over(each.input_tokens, context, prompts.of), each.share)
+        prompt = mean_over(each.input_tokens, context, prompts.of)
+        rows += each.share * prompt.tokens
+        work = work.plus(prompt, each.share)
         work = work.plus(
             _decode(
                 each,
@@ -187,6 +198,7 @@ def demand(
         prefill_kv += each.share * mean_over(each.input_tokens, context, held_in_prefill).tokens
     return Demand(
         work=work,
+        prompt_rows=rows,
         output_tokens=output,
         decode_kv_tokens=decode_kv,
         prefill_kv_tokens=prefill_kv,
@@ -251,12 +263,14 @@ def capacity(
     *,
     pool_tokens: int,
     shard_tokens: int,
+    page_tokens: int = 0,
 ) -> Capacity:
     """Rate at which prefill and decode fill the steps, the pages or the sequence limit.
 
     sizes         (until_tokens, chunk_tokens) of the chunk schedule
     pool_tokens   KV tokens that one group can hold
     shard_tokens  tokens of one request in one group
+    page_tokens   of the pool; half a page of each request stays empty
     """
     p = parallelism
     need = demand(asked, time, sizes, shard_tokens)
@@ -280,9 +294,9 @@ def capacity(
         slowest = max(range(len(sums)), key=sums.__getitem__)
         return whole, sums[slowest], terms[slowest]
 
-    floor_s, _, _ = step(1e-9)
-    budget_s = max(asked.scheduler.step_budget_s, BUDGET_ROOM * floor_s)
-    low, high = 1e-9, 1.0
+    budget_s = asked.scheduler.step_budget_s / (1 + time.margin)  # the packer keeps the margin
+    least = asked.scheduler.min_chunk_tokens / need.prompt_rows  # and always makes some progress
+    low, high = least, max(2 * least, 1.0)
     while step(high)[0] < budget_s:
         high *= 2
     for _ in range(BISECTIONS):
@@ -296,6 +310,7 @@ def capacity(
     steps_per_chunk = max(asked.scheduler.idle_budget_s / step_s, 1.0)
     held = need.decode_kv_tokens * step_s
     held += need.prefill_kv_tokens * steps_per_chunk * slowest_s
+    held += page_tokens / 2 * need.output_tokens * step_s
     limits = {
         bound_by: rps,
         "KV memory": pool_tokens * p.kvp / held,
@@ -308,4 +323,5 @@ def capacity(
         bound_by=bound_by,
         step_s=step_s,
         decoding=rps * need.output_tokens * step_s,
+        terms=terms,
     )

@@ -16,7 +16,7 @@ from planner.hf_config import read_config
 from plans.codec import load_file
 from plans.errors import InvalidFile, UnknownName, UsageError
 from plans.model import Model
-from plans.topology import Device, Link, NodeType, Topology
+from plans.topology import Device, Fabric, Link, NodeType, Topology, Wires, fabric_problems, gpu
 from plans.workload import Workload
 
 Kind = Literal["devices", "models", "topologies", "workloads"]
@@ -52,6 +52,11 @@ def load_model(name_or_folder: str | Path, *, context_tokens: int | None = None)
     raise UnknownName("model", text, names("models"))
 
 
+def hub_id(name: str) -> str | None:
+    """First hub id that the alias table has for a model; None where it has none."""
+    return next(iter(load_file(MODEL_ALIASES, dict[str, tuple[str, ...]]).get(name, ())), None)
+
+
 def load_device(name: str) -> Device:
     """Device of the catalog; raises UnknownName."""
     found = _resolve(name, _device_spellings())
@@ -68,6 +73,16 @@ def load_node_type(name_or_file: str | Path) -> NodeType:
     for scope in ("node", "cluster"):
         if sum(link.scope == scope for link in node.links) > 1:
             raise InvalidFile(str(path), "links", f"at most one link has scope {scope}")
+    try:
+        load_device(node.device)
+    except UnknownName as error:
+        raise InvalidFile(str(path), "device", str(error)) from None
+    if node.fabric is not None:
+        if node.links:
+            raise InvalidFile(str(path), "links", "stands beside fabric; give one of the two")
+        # a file without `nodes` may still be used for one node alone, so its network may be missing
+        for field, text in fabric_problems(node.fabric, node.devices_per_node, node.nodes or 1):
+            raise InvalidFile(str(path), field, text)
     return node
 
 
@@ -102,13 +117,17 @@ def topology_for(
             f" many on each; nearest: {' or '.join(str(count) for count in fitting)}"
         )
     per_node = gpus // nodes
-    links = _needed_links(node, nodes=nodes, per_node=per_node)
+    fabric = None
+    if node.fabric is not None and gpus > 1:
+        fabric = _needed_fabric(node, node.fabric, nodes=nodes, per_node=per_node)
+    links = () if node.fabric else _needed_links(node, nodes=nodes, per_node=per_node)
     return Topology(
         device=device.name,
         device_memory_bytes=device.memory_bytes,
         nodes=nodes,
         devices_per_node=per_node,
         links=links,
+        fabric=fabric,
     )
 
 
@@ -149,6 +168,20 @@ def _needed_links(node: NodeType, *, nodes: int, per_node: int) -> tuple[Link, .
                 f" {per_node} devices need one"
             )
     return tuple(link for link in node.links if needed[link.scope])
+
+
+def _needed_fabric(node: NodeType, fabric: Fabric, *, nodes: int, per_node: int) -> Fabric:
+    """The fabric without the devices left out; raises UsageError where it cannot join the rest."""
+    left_out = {gpu(index) for index in range(per_node, node.devices_per_node)}
+    wires = tuple(
+        Wires(link=each.link, joins=joins)
+        for each in fabric.wires
+        if (joins := tuple(ends for ends in each.joins if left_out.isdisjoint(ends)))
+    )
+    used = Fabric(parts=fabric.parts, wires=wires, network=fabric.network if nodes > 1 else None)
+    for path, text in fabric_problems(used, per_node, nodes):
+        raise UsageError(f"node type {node.name}: {path}: {text} ({nodes} x {per_node} GPUs)")
+    return used
 
 
 def _path(kind: Kind, name: str) -> Path:

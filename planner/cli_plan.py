@@ -9,20 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from planner.question import DEFAULT_HARDWARE, DEFAULT_WORKLOAD, Question, seconds, tokens
+from planner.question import (
+    DEFAULT_HARDWARE,
+    DEFAULT_WORKLOAD,
+    Question,
+    rate,
+    seconds,
+    tokens,
+)
 from plans.errors import InvalidFile, MedhaError, UsageError
 from runtime.interrupts import INTERRUPTED, loading
 
 if TYPE_CHECKING:
-    from planner.explain import Table
-    from planner.search import Found, NoPlan
+    from planner.search import NoPlan
     from planner.world import World
     from plans.plan import Plan
     from plans.topology import Device, Topology
 
 MOST_GPUS = 16384
 """What --gpus takes at most, and where the search for a sufficient number ends."""
-WITH_A_PLAN = {"plan_file", "prompt_tokens", "format_"}
+WITH_A_PLAN = {"plan_file", "prompt_tokens", "format_", "export_"}
 """Parameters that mean something when a plan is given."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -41,7 +47,10 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     gpus: Annotated[int | None, typer.Option(help="GPUs in total, not per node.")] = None,
     hardware: Annotated[str, typer.Option(help="Device of the catalog.")] = DEFAULT_HARDWARE,
     topology: Annotated[
-        Path | None, typer.Option(help="YAML of a node type, instead of the device's own.")
+        Path | None,
+        typer.Option(
+            metavar="NAME|FILE", help="Node type, as --detect prints it, instead of the device's."
+        ),
     ] = None,
     max_context: Annotated[
         str | None,
@@ -69,7 +78,30 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Bundle folder. [default: the plan's name]")
     ] = None,
-    effort: Annotated[str, typer.Option(help="quick: by formula, without replay.")] = "quick",
+    objective: Annotated[
+        Literal["goodput", "latency", "max-context", "min-gpus"],
+        typer.Option(help="What the best plan has most, or least, of."),
+    ] = "goodput",
+    rate_: Annotated[
+        str | None,
+        typer.Option("--rate", metavar="R", help="Requests a second that the plan must sustain."),
+    ] = None,
+    weight_dtype: Annotated[
+        Literal["auto", "bf16", "fp8"] | None,
+        typer.Option(help="Instead of the model's; auto: whichever plans better."),
+    ] = None,
+    kv_dtype: Annotated[
+        Literal["auto", "bf16", "fp8"] | None,
+        typer.Option(help="Of the KV cache, instead of the activations'."),
+    ] = None,
+    attention: Annotated[
+        Literal["ours", "flash-attn"],
+        typer.Option(help="flash-attn: by that package, which the GPUs' machine must have."),
+    ] = "ours",
+    effort: Annotated[
+        Literal["quick", "full"],
+        typer.Option(help="quick: three short replays; full: long ones, and capacity measured."),
+    ] = "quick",
     format_: Annotated[
         Literal["table", "json"], typer.Option("--format", help="json prints one object.")
     ] = "table",
@@ -87,6 +119,13 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
         str | None,
         typer.Option(metavar="N", help="With PLAN.yaml: also predict a prompt of this length."),
     ] = None,
+    export_: Annotated[
+        Literal["sglang", "torchrun", "vllm"] | None,
+        typer.Option("--export", help="Also launch scripts; with PLAN.yaml, print them."),
+    ] = None,
+    detect: Annotated[
+        bool, typer.Option("--detect", help="Print this machine as a topology YAML.")
+    ] = False,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of plans.")
     ] = False,
@@ -95,14 +134,16 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     try:
         if schema:
             _print_schema()
+        elif detect:
+            _refuse_other_flags(context, {"detect"}, "--detect stands alone")
+            _print_this_machine()
         elif plan_file is not None:
-            _refuse_flags_of_a_search(context)
-            _evaluate(plan_file, prompt_tokens, format_)
+            rule = "only --prompt-tokens, --export and --format go with it"
+            _refuse_other_flags(context, WITH_A_PLAN, f"PLAN.yaml says it all; {rule}")
+            _evaluate(plan_file, prompt_tokens, format_, export_)
         else:
             if prompt_tokens is not None:
                 raise UsageError("--prompt-tokens goes with PLAN.yaml")
-            if effort != "quick":
-                raise UsageError(f"--effort {effort}: only quick is available")
             if model is None or gpus is None:
                 missing = "--model" if model is None else "--gpus"
                 raise UsageError(
@@ -110,6 +151,10 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
                 )
             if not 1 <= gpus <= MOST_GPUS:
                 raise UsageError(f"--gpus {gpus}: must be from 1 to {MOST_GPUS}")
+            if topology is not None and not _is_given(context, "hardware"):
+                from planner.catalog import load_node_type
+
+                hardware = load_node_type(topology).device
             ask = Question(
                 model=model,
                 gpus=gpus,
@@ -121,6 +166,11 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
                 else tokens("--max-context", max_context),
                 ttft_slo_s=None if ttft_slo is None else seconds("--ttft-slo", ttft_slo),
                 tbt_slo_s=None if tbt_slo is None else seconds("--tbt-slo", tbt_slo),
+                objective=objective,
+                rate_rps=None if rate_ is None else rate("--rate", rate_),
+                weight_dtype=weight_dtype,
+                kv_dtype=kv_dtype,
+                attention=attention,
                 effort=effort,
                 seed=seed,
             )
@@ -132,25 +182,33 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
                 kernels=not no_kernels,
                 dump_graph=dump_graph,
                 overwrite=overwrite,
+                engine=export_,
             )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _refuse_flags_of_a_search(context: typer.Context) -> None:
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter stands on the command line."""
+    return str(context.get_parameter_source(name)).endswith("COMMANDLINE")
+
+
+def _refuse_other_flags(context: typer.Context, allowed: set[str], rule: str) -> None:
     """A flag that decides a search would be ignored beside a plan, and the answer misread."""
     given = [
         max(parameter.opts, key=len)
         for parameter in context.command.params
-        if parameter.name not in WITH_A_PLAN
-        and str(context.get_parameter_source(str(parameter.name))).endswith("COMMANDLINE")
+        if parameter.name not in allowed and _is_given(context, str(parameter.name))
     ]
     if given:
-        raise UsageError(
-            f"{', '.join(given)}: not beside PLAN.yaml, which says it all; only --prompt-tokens"
-            " and --format go with it"
-        )
+        raise UsageError(f"{', '.join(given)}: not here, {rule}")
+
+
+def _print_this_machine() -> None:
+    from planner.detect import detect
+
+    print(detect(), end="")
 
 
 def _print_schema() -> None:
@@ -169,13 +227,17 @@ def _search(
     kernels: bool,
     dump_graph: bool,
     overwrite: bool,
+    engine: str | None,
 ) -> None:
-    from planner.assemble import to_plan
+    from planner import cli_plan_tables as tables
+    from planner.answer import answer
     from planner.catalog import load_device, load_model, load_workload, topology_for
     from planner.explain import as_json
+    from planner.export import export
+    from planner.failure import NoPlan
     from planner.folder import PLAN_FILE, alternatives_csv, check_target, readme, write_folder
-    from planner.search import NoPlan, search
-    from planner.world import make_world
+    from planner.report import REPORT_FILE, report_html
+    from planner.world import asked_dtypes, make_world
     from plans.check import check_plan
     from plans.codec import dumps
     from plans.plan import MadeBy
@@ -183,51 +245,67 @@ def _search(
     device = load_device(ask.hardware)
     loaded = load_model(ask.model, context_tokens=ask.context_tokens)
     machine = topology_for(device, ask.gpus, ask.topology)
-    world = make_world(
-        model=loaded,
-        device=device,
-        topology=machine,
-        workload=load_workload(ask.workload),
-        context_tokens=ask.context_tokens,
-        ttft_slo_s=ask.ttft_slo_s,
-        tbt_slo_s=ask.tbt_slo_s,
-    )
+
+    def world_of(context_tokens: int | None) -> "World":
+        return make_world(
+            model=loaded,
+            device=device,
+            topology=machine,
+            workload=load_workload(ask.workload),
+            context_tokens=context_tokens,
+            ttft_slo_s=ask.ttft_slo_s,
+            tbt_slo_s=ask.tbt_slo_s,
+            objective=ask.objective,
+            rate_rps=ask.rate_rps,
+            weight_dtypes=asked_dtypes(ask.weight_dtype),
+            kv_dtypes=asked_dtypes(ask.kv_dtype),
+        )
+
     short = min((device.name, *device.aliases), key=len)
+    world = world_of(ask.context_tokens)
     name = f"{loaded.name}-{ask.gpus}x{short}"
     folder = out if out is not None else Path(name)
     check_target(folder, overwrite=overwrite)  # before the work, and again when it is written
     try:
-        found = search(world)
+        given = answer(
+            world,
+            name=lambda asked: f"{loaded.name}-{asked.gpus}x{short}",
+            made_by=MadeBy(medha=_version(), effort=ask.effort, seed=ask.seed, command=ask.command),
+            machines=lambda count: topology_for(device, count, ask.topology),
+            remake=world_of,
+        )
     except NoPlan as error:
         _explain_failure(world, error, device, ask.topology)
         raise
-    plan = to_plan(
-        world,
-        found.ranked[0],
-        name=name,
-        made_by=MadeBy(medha=_version(), effort=ask.effort, seed=ask.seed, command=ask.command),
-        notes=found.notes,
-    )
+    found, plan = given.found, given.plan
+    folder = out if out is not None else Path(plan.name)  # fewer GPUs may be enough
     files: dict[str, bytes] = {}
+    if kernels and plan.model.unsupported:
+        kernels = False  # the plan's notes say why
     if kernels:
         with loading():
             from planner.bundle import compile_plan
 
-        plan, files = compile_plan(plan, dump_graph=dump_graph)
+        plan, files = compile_plan(plan, dump_graph=dump_graph, attention=ask.attention)
     check_plan(plan, where=f"{name} (a bug of the planner)")
     commands = run_commands(".", program=kernels)
     files |= {
         PLAN_FILE: dumps(plan).encode(),
         "alternatives.csv": alternatives_csv(found),
-        "README.md": readme(plan, commands, program=kernels),
+        REPORT_FILE: report_html(found, plan),
+        "README.md": readme(plan, commands, program=kernels, engine=engine),
     }
-    write_folder(folder, files, overwrite=overwrite)
+    launch = export(plan, engine) if engine else None
+    write_folder(folder, files | (launch.files if launch else {}), overwrite=overwrite)
     commands = run_commands(str(folder), program=kernels)
     if format_ == "json":
         report = as_json(plan, found=found, bundle=str(folder), commands=commands, top=top)
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report | (launch.builtins if launch else {}), indent=2))
     else:
-        _print_found(plan, found, folder, commands, top)
+        tables.print_found(plan, found, folder, commands, top)
+        if launch:
+            tables.listed(tuple(f"bash {shlex.quote(str(folder / name))}" for name in launch.files))
+            tables.say(*launch.lost_lines)
 
 
 def run_commands(folder: str, *, program: bool) -> tuple[str, ...]:
@@ -275,9 +353,11 @@ def _bigger_machines(device: "Device", gpus: int, node_type: Path | None) -> Ite
                     return
 
 
-def _evaluate(path: Path, prompt_tokens: str | None, format_: str) -> None:
-    from planner.assemble import evaluate
+def _evaluate(path: Path, prompt_tokens: str | None, format_: str, engine: str | None) -> None:
+    from planner import cli_plan_tables as tables
+    from planner.answer import reevaluated
     from planner.explain import as_json
+    from planner.export import export
     from plans.check import check_plan
     from plans.codec import load_file
     from plans.plan import Plan
@@ -295,83 +375,35 @@ def _evaluate(path: Path, prompt_tokens: str | None, format_: str) -> None:
         load_policy(given.scheduler.policy, given.scheduler)
     except UsageError as error:
         raise InvalidFile(str(where), "scheduler.policy", str(error)) from None
-    plan = evaluate(given, asked)
+    plan = reevaluated(given, asked)
     check_plan(plan, where=str(where))
     commands = run_commands(str(where.parent), program=bool(plan.files))
+    launch = export(plan, engine) if engine else None
     if format_ == "json":
-        print(json.dumps(as_json(plan, commands=commands), indent=2))
-    else:
-        _print_evaluated(given, plan, commands)
+        print(
+            json.dumps(
+                as_json(plan, commands=commands) | (launch.builtins if launch else {}), indent=2
+            )
+        )
+        return
+    if launch is None:
+        tables.print_evaluated(given, plan, commands)
+        return
+    for name, text in launch.files.items():
+        print(f"# --- {name}\n{text.decode()}", end="")
+    print("\n".join(launch.lost_lines), file=sys.stderr)
 
 
 def _check_given(given: "Plan", where: Path) -> None:
     """Refuses what no new prediction can repair: everything but predicted numbers."""
     from plans.check import failures
 
-    derived = ("chunk-seconds", "predicted", "predicted-bounds")
+    derived = ("chunk-seconds", "predicted", "predicted-bounds", "replay")
     found = [each for each in failures(given) if each.name not in derived]
     if found:
         first, *rest = found
         more = "".join(f"\n{where}: {each.path}: {each.message}" for each in rest)
         raise InvalidFile(str(where), first.path, f"{first.message} [check {first.name}]{more}")
-
-
-def _print_found(
-    plan: "Plan", found: "Found", folder: Path, commands: tuple[str, ...], top: int
-) -> None:
-    from planner import explain
-
-    _say(explain.arithmetic(plan), f"best by: {found.objective}", "")
-    _draw(explain.ranking(found, plan.limits.context_tokens, top))
-    _say(explain.LEGEND, "")
-    _draw(explain.schedule(plan))
-    _say("", *explain.facts(plan), explain.rejected_line(found), "")
-    _say(f"bundle: {folder}")
-    _list(commands)
-
-
-def _print_evaluated(given: "Plan", plan: "Plan", commands: tuple[str, ...]) -> None:
-    from planner import explain
-
-    _say(explain.arithmetic(plan), "")
-    _draw(explain.times(plan))
-    _say("")
-    _draw(explain.schedule(plan))
-    _say("", *explain.facts(plan))
-    stale = given.prefill != plan.prefill
-    _say(
-        "prefill.chunks[].predicted_s in the file is not what step_time gives; the times above are"
-        if stale
-        else "valid: every check passes",
-        "",
-    )
-    _list(commands)
-
-
-def _list(commands: tuple[str, ...]) -> None:
-    """One a line and never wrapped, so that they can be pasted."""
-    for command in commands:
-        print(command)
-
-
-def _say(*lines: str) -> None:
-    """Prose, wrapped at words to the terminal's width (80 columns in a pipe)."""
-    from rich.console import Console
-
-    for line in lines:
-        Console(highlight=False, markup=False, emoji=False).print(line)
-
-
-def _draw(table: "Table") -> None:
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    grid = Grid(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column in table.columns:
-        grid.add_column(column, justify="left" if column in {"memory", "bound by"} else "right")
-    for row in table.rows:
-        grid.add_row(*row)
-    Console(highlight=False, markup=False, emoji=False).print(grid)
 
 
 def main() -> None:

@@ -1,11 +1,15 @@
-"""Coefficients of the step-time formula from datasheet figures: a roofline, no measurement in it.
+"""Coefficients of the step-time formula: from a device's profile, or from its data sheet.
 
-Every term is max(FLOPs / reachable peak, bytes / reachable bandwidth), or latency + bytes / link,
-for one layer of one rank; shares that kernels reach come from the device's file. The formula itself
-is in plans/steptime.py. T tokens of the step, t = tp; "local" means of one rank.
+A profile (planner/measured.py) answers where the device was measured. What it does not hold is a
+roofline, without a measurement in it: each term is max(FLOPs / reachable peak, bytes / reachable
+bandwidth), or latency + bytes / link, for one layer of one rank; shares that kernels reach come
+from the device's file. The formula itself is in plans/steptime.py. T tokens of the step, t = tp;
+"local" means of one rank.
 
     matmul(T)   max(2 P T / peak, P x bytes / bandwidth) + row-wise bytes x T / bandwidth
+                with experts 2 P follows the experts of one token, P x bytes the experts visited
     pair_s      4 x local heads x head_dim / peak                 QK and PV, causal pairs only
+                latent attention: on the compressed vectors, 2 (2 kv_rank + rope_dim) a head
     key_s       one tile of query rows a KV head, or K and V read once, whichever is longer
     comm        2 all-reduces: 2 (latency + 2 (t - 1) / t x hidden x bytes x T / link)
     merge       latency + local heads x (head_dim x bytes + 4) / link per token and further group
@@ -15,7 +19,23 @@ is in plans/steptime.py. T tokens of the step, t = tp; "local" means of one rank
 
 from collections.abc import Callable
 
-from planner.memory import activation_dtype, local_kv_heads
+from planner.measured import (
+    FORMULA_ERROR,
+    FORMULA_MARGIN,
+    TERMS,
+    Links,
+    Measured,
+    measured,
+    prepared,
+    usable,
+)
+from planner.memory import (
+    activation_dtype,
+    local_kv_heads,
+    mlp_width,
+    partial_width,
+    qkv_width,
+)
 from planner.placement import slowest_link
 from planner.space import Candidate
 from planner.world import World
@@ -26,24 +46,16 @@ from plans.plan import Placement
 from plans.steptime import Knot, StepTime
 from plans.topology import Link
 
-MARGIN = 0.1
+MARGIN = FORMULA_MARGIN
 """The packer's over-estimate while nothing was measured."""
-ERROR_BAND = 0.3
+ERROR_BAND = FORMULA_ERROR
 """A roofline with assumed efficiencies: do not read it more tightly before a profile exists."""
 TILE_ROWS = {"cpu": 1, "cuda": 64}
 """Query rows that cost as much as one: the smallest tensor-core tile on a GPU (wgmma m64)."""
 ALL_REDUCES = 2
 """Collectives of a layer: after the attention output and after the MLP."""
 
-PROVENANCE = {
-    "matmul": "formula",
-    "attention": "formula",
-    "collectives": "formula",
-    "merge": "formula",
-    "hop": "formula",
-    "head": "formula",
-    "overhead": "formula",
-}
+PROVENANCE = dict.fromkeys(TERMS, "formula")
 
 
 class _Rank:
@@ -51,34 +63,61 @@ class _Rank:
 
     def __init__(self, world: World, parallelism: Parallelism) -> None:
         model, device, tp = world.model, world.device, parallelism.tp
+        self.model = model
         self.tp = tp
         self.hidden = model.hidden
-        self.head_dim = model.head_dim
         self.heads = model.heads // tp
-        self.kv_heads = local_kv_heads(model, tp)
-        self.ffn = model.ffn // tp
+        self.kv_heads = 1 if model.latent else local_kv_heads(model, tp)
         self.vocab = model.vocab
         self.weight_size = DTYPE_BYTES[model.weight_dtype]
         self.size = DTYPE_BYTES[activation_dtype(model)]
         self.kv_size = DTYPE_BYTES[world.kv_dtype]
         self.bandwidth = device.memory_bandwidth_bytes_per_s * device.memory_efficiency
         self.matmul_peak = peak(world, model.weight_dtype) * device.gemm_efficiency
-        self.attention_peak = peak(world, world.kv_dtype) * device.attention_efficiency
-
-    @property
-    def layer_parameters(self) -> int:
-        qkv = self.hidden * (self.heads + 2 * self.kv_heads) * self.head_dim
-        return qkv + self.heads * self.head_dim * self.hidden + 3 * self.hidden * self.ffn
+        self.attention_peak = attention_peak(world) * device.attention_efficiency
 
     @property
     def key_bytes(self) -> int:
         """K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.kv_size
+        return self.model.rank_kv_elements(self.tp) * self.kv_size
 
-    def product_s(self, parameters: int, rows: int) -> float:
-        """A matrix product of `rows` rows: compute or weights, whichever takes longer."""
+    @property
+    def pair_flops(self) -> int:
+        """FLOPs of one pair in one head; latent attention works on the compressed vectors."""
+        latent = self.model.latent
+        if latent is None:
+            return self.model.pair_flops
+        return 2 * (2 * latent.kv_rank + latent.rope_dim)
+
+    def product_s(self, parameters: float, rows: int, read: float | None = None) -> float:
+        """A matrix product of `rows` rows: compute or weights, whichever takes longer.
+
+        read  parameters that are read, where a row is not multiplied with all of them
+        """
         compute_s = 2 * parameters * rows / self.matmul_peak
-        return max(compute_s, parameters * self.weight_size / self.bandwidth)
+        read = parameters if read is None else read
+        return max(compute_s, read * self.weight_size / self.bandwidth)
+
+    def layer_s(self, rows: int) -> float:
+        """Matrix products of a layer, the mean one where layers differ."""
+        model, experts = self.model, self.model.experts
+        attention = model.attention_parameters(self.tp)
+        if experts is None:
+            return self.product_s(attention + model.mlp_parameters(0, self.tp), rows)
+        last = model.layers - 1
+        share = model.dense_layers / model.layers
+        all_s = self.product_s(attention, rows)
+        if share:
+            all_s += share * self.product_s(model.mlp_parameters(0, self.tp), rows)
+        if share < 1:
+            one = 3 * model.hidden * experts.ffn / self.tp
+            idle = (experts.count - experts.visited(rows)) * one
+            all_s += (1 - share) * self.product_s(
+                model.active_mlp_parameters(last, self.tp),
+                rows,
+                model.mlp_parameters(last, self.tp) - idle,
+            )
+        return all_s
 
     def row_s(self) -> float:
         """Row-wise work of one token in one layer.
@@ -86,8 +125,12 @@ class _Rank:
         Two residual adds with norm (read stream and output, write stream and norm), q, k and v
         rotated and written, gate and up read and their product written.
         """
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        return self.size * (8 * self.hidden + 2 * qkv + 3 * self.ffn) / self.bandwidth
+        if self.model.latent is None:
+            qkv = (self.heads + 2 * self.kv_heads) * self.model.head_dim
+        else:
+            qkv = qkv_width(self.model, self.tp)
+        wide = 8 * self.hidden + 2 * qkv + 3 * mlp_width(self.model, self.tp)
+        return self.size * wide / self.bandwidth
 
     def ridge(self) -> int:
         """Rows at which a product turns from weight reads to compute."""
@@ -107,8 +150,32 @@ def peak(world: World, dtype: str) -> float:
     return peaks[dtype]
 
 
+def attention_peak(world: World) -> float:
+    """FLOP/s of attention's products: keys in fp8 are cast to the activations' dtype before."""
+    fp8 = world.kv_dtype == "fp8"
+    return peak(world, activation_dtype(world.model) if fp8 else world.kv_dtype)
+
+
 def step_time(world: World, candidate: Candidate, placement: Placement) -> StepTime:
-    """The formula's coefficients for one candidate, all by roofline."""
+    """The formula's coefficients for one candidate."""
+    return costed(world, candidate, placement).time
+
+
+def costed(world: World, candidate: Candidate, placement: Placement) -> Measured:
+    """The step time of a candidate with what it rests on: provenance, error band, notes."""
+    base = roofline(world, candidate, placement)
+    ready = prepared(world.device.name)
+    if ready is None or not usable(world):
+        return Measured(time=base, provenance=PROVENANCE, error_band=ERROR_BAND)
+    p = candidate.parallelism
+    tp, kvp, spp = (
+        slowest_link(world.topology, p, placement, axis) for axis in ("tp", "kvp", "spp")
+    )
+    return measured(ready, world, p, base, Links(tp=tp, kvp=kvp, spp=spp))
+
+
+def roofline(world: World, candidate: Candidate, placement: Placement) -> StepTime:
+    """The coefficients by the data sheet alone."""
     p = candidate.parallelism
     rank = _Rank(world, p)
     tp_link = slowest_link(world.topology, p, placement, "tp")
@@ -116,8 +183,12 @@ def step_time(world: World, candidate: Candidate, placement: Placement) -> StepT
     spp_link = slowest_link(world.topology, p, placement, "spp")
     gather = (rank.tp - 1) / rank.tp  # share of a vector that a rank sends in one half of a ring
     row = rank.hidden * rank.size
-    per_group = rank.heads * (rank.head_dim * rank.size + 4)  # partial output and its lse
-    tile_flops = 4 * TILE_ROWS[world.device.kind] * rank.kv_heads * rank.head_dim
+    width = partial_width(world.model)
+    per_group = rank.heads * (width * rank.size + 4)  # partial output and its lse
+    tile_flops = TILE_ROWS[world.device.kind] * rank.kv_heads * rank.pair_flops
+    key_read_s = rank.key_bytes / rank.bandwidth
+    few_bytes = world.model.latent or world.kv_dtype == "fp8"  # many heads, one key; half the bytes
+    decode_flops = rank.heads * rank.pair_flops if few_bytes else 0
     return StepTime(
         source="roofline",
         stage_layers=candidate.stage_layers,
@@ -125,12 +196,12 @@ def step_time(world: World, candidate: Candidate, placement: Placement) -> StepT
         matmul=_table(
             world.scheduler.max_step_tokens,
             rank.ridge(),
-            lambda rows: rank.product_s(rank.layer_parameters, rows) + rows * rank.row_s(),
+            lambda rows: rank.layer_s(rows) + rows * rank.row_s(),
         ),
-        pair_s=4 * rank.heads * rank.head_dim / rank.attention_peak,
-        key_s=max(rank.key_bytes / rank.bandwidth, tile_flops / rank.attention_peak),
-        decode_key_s=rank.key_bytes / rank.bandwidth,
-        decode_sequence_s=2 * rank.heads * rank.head_dim * rank.size / rank.bandwidth,
+        pair_s=rank.heads * rank.pair_flops / rank.attention_peak,
+        key_s=max(key_read_s, tile_flops / rank.attention_peak),
+        decode_key_s=max(key_read_s, decode_flops / rank.attention_peak),
+        decode_sequence_s=2 * rank.heads * width * rank.size / rank.bandwidth,
         comm_latency_s=ALL_REDUCES * _latency(tp_link),
         comm_token_s=ALL_REDUCES * 2 * gather * row * _byte_s(tp_link),
         merge_latency_s=_latency(kvp_link),

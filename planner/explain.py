@@ -9,10 +9,14 @@ from typing import Any
 
 from msgspec import to_builtins
 
+from planner.breakdown import breakdown
+from planner.found import Found
 from planner.memory import gigabytes
-from planner.search import Found, Priced, solo_s, tbt_s
+from planner.objective import score
+from planner.price import Priced
 from planner.space import Rejected, degrees, gpus_text
-from plans.plan import Memory, Plan
+from planner.text import seconds_text, tokens_text
+from plans.plan import Memory, Percentiles, Plan, Replay
 
 BAR_WIDTH = 10
 BAR_PARTS = (("w", "weights"), ("a", "activations"), ("r", "reserved"), ("k", "kv"))
@@ -21,6 +25,7 @@ LEGEND = (
     " k KV pages, . free"
 )
 SHORT_TOKENS = 8192
+REPLAY_COLUMNS = ("in time", "TTFT short p50 p99", "long p50 p99", "TBT p50 p99", "busy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,21 +34,6 @@ class Table:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-
-def tokens_text(tokens: int) -> str:
-    """8192 as 8k, 1048576 as 1m; other numbers as they are."""
-    for suffix, unit in (("m", 1 << 20), ("k", 1 << 10)):
-        if tokens % unit == 0:
-            return f"{tokens // unit}{suffix}"
-    return str(tokens)
-
-
-def seconds_text(seconds: float) -> str:
-    """Three digits with the unit that suits."""
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
 
 
 def memory_bar(memory: Memory) -> str:
@@ -66,18 +56,15 @@ def ranking(found: Found, context_tokens: int, top: int) -> Table:
     lengths = sorted({min(SHORT_TOKENS, context_tokens), context_tokens})
     at = [tokens_text(length) for length in lengths]
     rows = []
-    for rank, each in enumerate(found.ranked[:top], start=1):
+    for rank, (_, each) in enumerate(shapes(found)[:top], start=1):
         p = each.candidate.parallelism
         rows.append(
             (
                 str(rank),
                 f"{p.tp}x{p.spp}x{p.kvp}x{p.replicas}",
-                *(
-                    seconds_text(solo_s(each.sizes, each.time, length, each.shard_tokens))
-                    for length in lengths[:-1]
-                ),
+                *(seconds_text(each.solo_s(length)) for length in lengths[:-1]),
                 seconds_text(each.ttft_longest_s),
-                *(seconds_text(tbt_s(each.time, length, each.shard_tokens)) for length in lengths),
+                *(seconds_text(each.tbt_s(length)) for length in lengths),
                 f"{each.capacity.rps:.3g}",
                 memory_bar(each.footprint.memory),
                 each.capacity.bound_by,
@@ -93,6 +80,65 @@ def ranking(found: Found, context_tokens: int, top: int) -> Table:
         "bound by",
     )
     return Table(columns=columns, rows=tuple(rows))
+
+
+def shapes(found: Found) -> list[tuple[int, Priced]]:
+    """The best candidate of each mesh shape with its rank; others of it are in the CSV."""
+    best: dict[object, tuple[int, Priced]] = {}
+    for rank, each in enumerate(found.ranked, start=1):
+        candidate = each.candidate
+        key = (candidate.parallelism, candidate.weight_dtype, candidate.kv_dtype)
+        best.setdefault(key, (rank, each))
+    return list(best.values())
+
+
+def replayed(found: Found) -> Table:
+    """What the finalists did in virtual time, on the runtime's own loop."""
+    rows = []
+    for each, point in zip(found.ranked, found.replays, strict=False):
+        if point is not None:
+            p = each.candidate.parallelism
+            rows.append((f"{p.tp}x{p.spp}x{p.kvp}x{p.replicas}", *_replay_row(point)))
+    return Table(columns=("replayed", *REPLAY_COLUMNS), rows=tuple(rows))
+
+
+def replay_of(plan: Plan) -> Table:
+    """The same of one plan."""
+    point = plan.predicted.replay
+    rows = () if point is None else ((plan.name, *_replay_row(point)),)
+    return Table(columns=("replayed", *REPLAY_COLUMNS), rows=rows)
+
+
+def _replay_row(point: Replay) -> tuple[str, ...]:
+    def row(table: Percentiles, *names: str) -> str:
+        values = [getattr(table, name) for name in names]
+        return " ".join("-" if value is None else seconds_text(value) for value in values)
+
+    return (
+        f"{point.attainment:.0%}",
+        row(point.ttft_s["short"], "p50", "p99"),
+        row(point.ttft_s["long"], "p50", "p99"),
+        row(point.tbt_s["all"], "p50", "p99"),
+        f"{point.utilisation:.0%}",
+    )
+
+
+def replay_line(point: Replay) -> str:
+    """How much was replayed, and what came of it."""
+    return (
+        f"replay: {point.requests} requests in {seconds_text(point.duration_s)} of virtual time at"
+        f" {point.arrival_rps:.3g} requests/s ({point.policy}, seed {point.seed}):"
+        f" goodput {point.goodput_rps:.3g} requests/s; {point.undecided} undecided at its end;"
+        f" {point.in_system_mean:.3g} in a replica = {point.arrivals_per_s:.3g} a s x"
+        f" {seconds_text(point.time_in_system_mean_s)}"
+    )
+
+
+def sensitivity_lines(found: Found) -> list[str]:
+    """What would change the decision, then what would not."""
+    lines = [f"would change: {change.text}" for change in found.sensitivity if change.differs]
+    same = [change.label for change in found.sensitivity if not change.differs]
+    return [*lines, *([f"would not change: {', '.join(same)}"] if same else [])]
 
 
 def times(plan: Plan) -> Table:
@@ -141,6 +187,7 @@ def facts(plan: Plan) -> list[str]:
             f"capacity {predicted.capacity_rps:.3g} requests/s of {plan.workload.name},"
             f" bound by {predicted.bound_by}"
         ),
+        *([replay_line(predicted.replay)] if predicted.replay is not None else []),
         evidence_line(plan),
         *(f"note: {note}" for note in predicted.notes),
     ]
@@ -152,9 +199,11 @@ def rejected_line(found: Found) -> str:
     broke = ", ".join(f"{count} by {name}" for name, count in counts.most_common())
     outside = Counter(why for why in found.verdicts if why)
     held_back = "".join(f"; {count} ranked last: {why}" for why, count in outside.most_common())
+    cut = sum(row.branches for row in found.pruned)
+    pruned = f"; {cut} shapes and branches left out by bounds" if cut else ""
     return (
         f"feasible candidates: {len(found.ranked)}{held_back};"
-        f" {len(found.ledger)} rejected{': ' if broke else ''}{broke}"
+        f" {len(found.ledger)} rejected{': ' if broke else ''}{broke}{pruned}"
     )
 
 
@@ -194,11 +243,13 @@ def as_json(
     if found:
         report["objective"] = found.objective
         report["alternatives"] = [
-            _alternative(rank, each, why)
-            for rank, (each, why) in enumerate(
-                zip(found.ranked[:top], found.verdicts, strict=False), start=1
-            )
+            _alternative(rank, each, found.verdicts[rank - 1]) for rank, each in shapes(found)[:top]
         ]
+        report["why"] = list(found.why)
+        report["sensitivity"] = [to_builtins(change) for change in found.sensitivity]
+        report["breakdown"] = [to_builtins(row) for row in breakdown(found.ranked[0])]
+        report["feasible"] = len(found.ranked)
+        report["pruned"] = sum(row.branches for row in found.pruned)
         report["rejected"] = dict(Counter(row.constraint for row in found.ledger).most_common())
     return report
 
@@ -211,7 +262,9 @@ def _alternative(rank: int, each: Priced, why: str) -> dict[str, Any]:
         "tbt_full_s": each.tbt_full_s,
         "capacity_rps": each.capacity.rps,
         "bound_by": each.capacity.bound_by,
-        "score": each.score,
+        "score": score(each.world, each),
         "held_back": why,
         "memory": to_builtins(each.footprint.memory),
+        "page_tokens": each.candidate.page_tokens,
+        "tokens_per_kvp_shard": each.shard_tokens,
     }

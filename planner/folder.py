@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from planner.search import Found
+from planner.found import Found
+from planner.objective import score
 from planner.space import degrees, gpus_text
 from plans.errors import MedhaError, UsageError
 from plans.plan import Plan
@@ -109,7 +110,7 @@ def alternatives_csv(found: Found) -> bytes:
                 *(p.tp, p.spp, p.kvp, p.replicas, p.idle),
                 *(f"{number:.6g}" for number in numbers),
                 each.capacity.bound_by,
-                f"{each.score:.6g}",
+                f"{score(each.world, each):.6g}",
                 "chosen" if rank == 1 else "ranked",
                 why,
                 "",
@@ -119,10 +120,16 @@ def alternatives_csv(found: Found) -> bytes:
     for row in found.ledger:
         blank = [""] * (COLUMNS.index("status") - 2)
         writer.writerow(("", row.label, *blank, "rejected", row.constraint, row.need, row.have))
+    for cut in found.pruned:
+        blank = [""] * (COLUMNS.index("status") - 2)
+        label = f"{cut.label} ({cut.branches} shapes)"
+        writer.writerow(("", label, *blank, "pruned", cut.reason, cut.best, cut.bound))
     return text.getvalue().encode()
 
 
-def readme(plan: Plan, commands: tuple[str, ...], *, program: bool) -> bytes:
+def readme(
+    plan: Plan, commands: tuple[str, ...], *, program: bool, engine: str | None = None
+) -> bytes:
     """What the bundle is, the command that made it, and the commands that run it in this folder."""
     p = plan.parallelism
     idle = f" + {p.idle} idle" if p.idle else ""
@@ -130,18 +137,25 @@ def readme(plan: Plan, commands: tuple[str, ...], *, program: bool) -> bytes:
     runs = "".join(f"    {command}\n" for command in commands)
     compiled = (
         "`program/` holds the lowered program of each stage and its kernels, as plain Python."
-        if program
-        else "There is no program: this plan was made with --no-kernels and can only be simulated."
     )
+    if not program:
+        why = " and ".join(plan.model.unsupported)
+        made = f"{why} cannot be run yet" if why else "this plan was made with --no-kernels"
+        compiled = f"There is no program: {made}. The plan can be simulated."
+    if engine is not None:
+        compiled += (
+            f"\n`launch/` starts it with {engine}: `run_<node>.sh` on each node of the plan."
+        )
     return f"""# {plan.name}
 
 {gpus_text(plan.topology.devices)} = {degrees(p)}{idle}, for {plan.model.name}
 with up to {plan.limits.context_tokens} tokens of context on {plan.topology.device}.
 
-`plan.yaml` is the plan; `alternatives.csv` lists every candidate, ranked or rejected, and why.
+`plan.yaml` is the plan; `report.html` shows it, and why, to a browser; `alternatives.csv` lists
+every candidate, ranked, rejected or left out by a bound, and why.
 {compiled}
 
-Predicted times are by roofline, give or take {plan.predicted.error_band:.0%}.
+Predicted times are by {plan.step_time.source}, give or take {plan.predicted.error_band:.0%}.
 
 {notes}
 Made by

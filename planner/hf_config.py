@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from plans.errors import InvalidFile
-from plans.model import Dtype, Model, Rope, RopeScaling
+from plans.model import Dtype, Experts, Latent, Model, Rope, RopeScaling
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = {  # one file of codegen/models serves the dense ones; the others are planned only
+    "deepseek_v3": "deepseek_v3",
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "mixtral",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "qwen3_moe": "qwen3_moe",
+}
+MODEL_TYPES = tuple(FAMILIES)
 DTYPES: dict[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SCALINGS = ("default", "linear", "llama3", "yarn")
 DEFAULT_THETA = 10000.0
@@ -47,24 +56,79 @@ def read_config(folder: Path, *, context_tokens: int | None = None) -> Model:
     kv_heads = fields.count("num_key_value_heads", default=heads if model_type == "llama" else None)
     if heads % kv_heads:
         fields.fail("num_key_value_heads", f"{kv_heads} does not divide {heads} attention heads")
-    rope, limit = _rope(fields)
+    rope, limit = _rope(fields, latent=model_type == "deepseek_v3")
+    experts = _experts(fields, model_type)
+    latent = _latent(fields, heads) if model_type == "deepseek_v3" else None
     return Model(
-        family="llama",  # one file of codegen/models serves all four types
+        family=FAMILIES[model_type],
         name=folder.resolve().name,
         layers=fields.count("num_hidden_layers"),
         hidden=fields.count("hidden_size"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_head_dim(fields, model_type, heads),
+        head_dim=latent.nope_dim + latent.rope_dim
+        if latent
+        else _head_dim(fields, model_type, heads),
         ffn=fields.count("intermediate_size"),
         vocab=fields.count("vocab_size"),
         norm_eps=fields.positive("rms_norm_eps", default=DEFAULT_NORM_EPS),
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in {"qwen3", "qwen3_moe"},
         tie_embeddings=fields.flag("tie_word_embeddings"),
         weight_dtype=_dtype(fields),
         context_limit=_context_limit(fields, model_type, limit, context_tokens),
         rope=rope,
+        experts=experts,
+        latent=latent,
+    )
+
+
+def _experts(fields: "_Fields", model_type: str) -> Experts | None:
+    """The mixture of experts of the types that have one."""
+    if model_type == "mixtral":
+        return Experts(
+            count=fields.count("num_local_experts"),
+            per_token=fields.count("num_experts_per_tok"),
+            ffn=fields.count("intermediate_size"),
+        )
+    if model_type == "qwen3_moe":
+        if fields.count("decoder_sparse_step", default=1) != 1:
+            fields.fail("decoder_sparse_step", "only 1 is supported: experts in every layer")
+        if fields.get("mlp_only_layers"):
+            fields.fail("mlp_only_layers", "only an empty list is supported")
+        return Experts(
+            count=fields.count("num_experts"),
+            per_token=fields.count("num_experts_per_tok"),
+            ffn=fields.count("moe_intermediate_size"),
+        )
+    if model_type == "deepseek_v3":
+        if fields.count("moe_layer_freq", default=1) != 1:
+            fields.fail("moe_layer_freq", "only 1 is supported: experts in every later layer")
+        width = fields.count("moe_intermediate_size")
+        dense = fields.get("first_k_dense_replace")
+        if not isinstance(dense, int) or isinstance(dense, bool) or dense < 0:
+            fields.fail("first_k_dense_replace", f"{dense!r} is not a whole number of layers")
+        return Experts(
+            count=fields.count("n_routed_experts"),
+            per_token=fields.count("num_experts_per_tok"),
+            ffn=width,
+            shared_ffn=fields.count("n_shared_experts") * width,
+            dense_layers=dense,
+        )
+    return None
+
+
+def _latent(fields: "_Fields", heads: int) -> Latent:
+    """Multi-head latent attention."""
+    if fields.count("num_key_value_heads", default=heads) != heads:
+        fields.fail("num_key_value_heads", f"must equal the {heads} heads of latent attention")
+    ranked = fields.get("q_lora_rank") is not None
+    return Latent(
+        q_rank=fields.count("q_lora_rank") if ranked else None,
+        kv_rank=fields.count("kv_lora_rank"),
+        rope_dim=fields.count("qk_rope_head_dim"),
+        nope_dim=fields.count("qk_nope_head_dim"),
+        value_dim=fields.count("v_head_dim"),
     )
 
 
@@ -132,7 +196,9 @@ def _refuse_unsupported(fields: _Fields, model_type: str) -> None:
         fields.fail("architectures", f"{named!r} is not a list")
     if named and not any(str(name).endswith("ForCausalLM") for name in named):
         fields.fail("architectures", f"{named!r} has no language model head; ...ForCausalLM has")
-    if fields.get("quantization_config") is not None:
+    quantised = fields.get("quantization_config")
+    native = model_type == "deepseek_v3" and isinstance(quantised, dict)
+    if quantised is not None and not (native and quantised.get("quant_method") == "fp8"):
         fields.fail("quantization_config", "quantised checkpoints are not supported; nearest: bf16")
     activation = fields.get("hidden_act")
     if activation not in (None, "silu"):
@@ -147,6 +213,8 @@ def _refuse_unsupported(fields: _Fields, model_type: str) -> None:
 
 def _dtype(fields: _Fields) -> Dtype:
     """Dtype of the weights; fp32 where neither spelling is given, as in torch."""
+    if fields.get("quantization_config") is not None:
+        return "fp8"  # the only one that is let through
     field = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     if fields.get(field) is None:
         return "fp32"
@@ -156,17 +224,21 @@ def _dtype(fields: _Fields) -> Dtype:
 def _head_dim(fields: _Fields, model_type: str, heads: int) -> int:
     """Head size: given, or hidden over heads (128 for qwen3)."""
     hidden = fields.count("hidden_size")
-    if fields.get("head_dim") is None and model_type != "qwen3" and hidden % heads:
+    qwen3 = model_type in {"qwen3", "qwen3_moe"}
+    if fields.get("head_dim") is None and not qwen3 and hidden % heads:
         fields.fail("hidden_size", f"{hidden} is no multiple of {heads} heads; give head_dim")
-    default = QWEN3_HEAD_DIM if model_type == "qwen3" else hidden // heads
+    default = QWEN3_HEAD_DIM if qwen3 else hidden // heads
     head_dim = fields.count("head_dim", default=default)
     if head_dim % 2:
         fields.fail("head_dim", f"{head_dim} is odd; rotary embeddings turn pairs")
     return head_dim
 
 
-def _rope(fields: _Fields) -> tuple[Rope, int]:
-    """Rotary settings, and the context limit with their scaling."""
+def _rope(fields: _Fields, *, latent: bool = False) -> tuple[Rope, int]:
+    """Rotary settings, and the context limit with their scaling.
+
+    latent  yarn comes with its own factors on the scores, which planning does not need
+    """
     limit = fields.count("max_position_embeddings")
     modern = fields.get("rope_parameters") is not None
     settings = fields.inside("rope_parameters" if modern else "rope_scaling")
@@ -186,6 +258,9 @@ def _rope(fields: _Fields) -> tuple[Rope, int]:
     kind = settings.choice(kind_field, SCALINGS)
     if kind == "default":
         return Rope(theta=theta), limit
+    if latent:
+        plain = {key: value for key, value in settings.content.items() if "mscale" not in key}
+        settings = _Fields(settings.where, plain, settings.prefix)
     return _scaled_rope(settings, kind, theta=theta, limit=limit)
 
 

@@ -9,7 +9,7 @@ largest step (scheduler.max_step_tokens), never the prompt.
 
 from dataclasses import dataclass
 
-from planner.space import Candidate
+from planner.space import Candidate, Stages
 from planner.world import World
 from plans.errors import Infeasible
 from plans.model import DTYPE_BYTES, Model
@@ -31,30 +31,50 @@ class Footprint:
 
 def rank_weights_bytes(model: Model, candidate: Candidate) -> int:
     """Weights of the rank that holds most."""
-    tp = candidate.parallelism.tp
-    size = DTYPE_BYTES[model.weight_dtype]
-    kv_heads = local_kv_heads(model, tp)
-    heads = model.heads // tp
-    qkv = (heads + 2 * kv_heads) * model.head_dim
-    layer = model.hidden * qkv + heads * model.head_dim * model.hidden
-    layer += 3 * model.hidden * model.ffn // tp + 2 * model.hidden
-    layer += qkv if model.qkv_bias else 0
-    layer += 2 * model.head_dim if model.qk_norm else 0
-    matrix = model.embedding_parameters // tp
-    last = len(candidate.stages) - 1
-    most = 0
-    for stage, layers in enumerate(candidate.stage_layers):
-        ends = (stage == 0) + (stage == last)  # embedding, head
-        if stage == 0 == last and model.tie_embeddings:
-            ends = 1
-        norm = model.hidden if stage == last else 0
-        most = max(most, layers * layer + ends * matrix + norm)
-    return most * size
+    stages, tp = candidate.stages, candidate.parallelism.tp
+    return max(stage_weights_bytes(model, stages, stage, tp) for stage in range(len(stages)))
+
+
+def stage_weights_bytes(model: Model, stages: Stages, stage: int, tp: int) -> int:
+    """Weights of a rank of one stage."""
+    last = len(stages) - 1
+    ends = (stage == 0) + (stage == last)  # embedding, head
+    if stage == 0 == last and model.tie_embeddings:
+        ends = 1
+    norm = model.hidden if stage == last else 0
+    matrices = ends * (model.embedding_parameters // tp)
+    first, end = stages[stage]
+    parameters = model.stage_parameters(first, end, tp) + matrices + norm
+    return parameters * DTYPE_BYTES[model.weight_dtype]
 
 
 def local_kv_heads(model: Model, tp: int) -> int:
     """KV heads of one rank; above tp = kv_heads each rank keeps one whole head."""
     return max(model.kv_heads // tp, 1)
+
+
+def qkv_width(model: Model, tp: int) -> int:
+    """Numbers of q, k, v and the attention output of one token on one rank."""
+    heads = model.heads // tp
+    if model.latent is None:
+        return (2 * heads + 2 * local_kv_heads(model, tp)) * model.head_dim
+    latent = model.latent  # queries and outputs stand in the latent space, where attention is done
+    wide = 2 * latent.kv_rank + latent.rope_dim + model.head_dim + latent.value_dim
+    return heads * wide + latent.kv_rank + latent.rope_dim + (latent.q_rank or 0)
+
+
+def mlp_width(model: Model, tp: int) -> int:
+    """Numbers of the gate of one token on one rank; with experts of all that it visits."""
+    dense = model.ffn if model.dense_layers else 0
+    if model.experts is None:
+        return dense // tp
+    experts = model.experts
+    return max(dense, experts.per_token * experts.ffn + experts.shared_ffn) // tp
+
+
+def partial_width(model: Model) -> int:
+    """Numbers of one head's partial attention."""
+    return model.head_dim if model.latent is None else model.latent.kv_rank
 
 
 def activation_dtype(model: Model) -> str:
@@ -72,24 +92,22 @@ def activations_bytes(world: World, candidate: Candidate) -> int:
     model, p = world.model, candidate.parallelism
     size = DTYPE_BYTES[activation_dtype(model)]
     heads = model.heads // p.tp
-    qkv = (2 * heads + 2 * local_kv_heads(model, p.tp)) * model.head_dim
-    row = size * (4 * model.hidden + qkv + 3 * model.ffn // p.tp)
+    row = size * (4 * model.hidden + qkv_width(model, p.tp) + 3 * mlp_width(model, p.tp))
     if p.kvp > 1:
-        row += p.kvp * heads * (4 * model.head_dim + 4)
+        row += p.kvp * heads * (4 * partial_width(model) + 4)
     logits = 4 * world.limits.sequences * (model.vocab + model.vocab // p.tp)
     return world.scheduler.max_step_tokens * row + logits
 
 
 def page_bytes(world: World, candidate: Candidate) -> int:
     """Bytes of one KV page on a rank of the deepest stage."""
-    heads = local_kv_heads(world.model, candidate.parallelism.tp)
-    token = 2 * max(candidate.stage_layers) * heads * world.model.head_dim
-    return world.page_tokens * token * DTYPE_BYTES[world.kv_dtype]
+    tp, layers = candidate.parallelism.tp, max(candidate.stage_layers)
+    return layers * world.model.rank_page_bytes(tp, world.page_tokens, world.kv_dtype)
 
 
-def shard_tokens(world: World, kvp: int) -> int:
-    """Tokens of one request that one group holds: its share of the context, in whole pages."""
-    share = -(-world.limits.context_tokens // kvp)
+def shard_tokens(world: World, groups: int) -> int:
+    """Tokens of one request in one of the groups that hold it: its share, in whole pages."""
+    share = -(-world.limits.context_tokens // groups)
     return -(-share // world.page_tokens) * world.page_tokens
 
 
@@ -102,7 +120,7 @@ def footprint(world: World, candidate: Candidate) -> Footprint:
     activations = activations_bytes(world, candidate)
     room = capacity - reserved - weights - activations
     page = page_bytes(world, candidate)
-    shard = shard_tokens(world, p.kvp)
+    shard = shard_tokens(world, candidate.groups)
     fits = max(room, 0) // page
     if fits * world.page_tokens < shard:
         raise Infeasible(
@@ -113,7 +131,7 @@ def footprint(world: World, candidate: Candidate) -> Footprint:
             f" on each of {p.ranks_per_replica} ranks ({candidate.label})",
             f"{gigabytes(max(room, 0))} of {gigabytes(capacity)} are free",
             f"--max-context {tokens_text(nearest)}"
-            if (nearest := fits * world.page_tokens * p.kvp) >= 2
+            if (nearest := fits * world.page_tokens * candidate.groups) >= 2
             else "",
         )
     useful = world.most_full_requests * (shard // world.page_tokens)
@@ -140,7 +158,7 @@ def reachable_context(world: World, candidate: Candidate) -> int:
     room = world.topology.device_memory_bytes - world.device.reserved_bytes
     room -= rank_weights_bytes(world.model, candidate) + activations_bytes(world, candidate)
     pages = max(room, 0) // page_bytes(world, candidate)
-    return pages * world.page_tokens * candidate.parallelism.kvp
+    return pages * world.page_tokens * candidate.groups
 
 
 def gigabytes(size: float) -> str:

@@ -10,6 +10,7 @@ from plans.errors import UsageError
 
 DEFAULT_WORKLOAD = "paper-mix-5"
 DEFAULT_HARDWARE = "h100"
+DEFAULT_OBJECTIVE = "goodput"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,11 @@ class Question:
     context_tokens: int | None = None
     ttft_slo_s: float | None = None
     tbt_slo_s: float | None = None
+    objective: str = DEFAULT_OBJECTIVE
+    rate_rps: float | None = None
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    attention: str = "ours"
     effort: str = "quick"
     seed: int = 0
 
@@ -38,6 +44,12 @@ class Question:
             ("--workload", self.workload, DEFAULT_WORKLOAD),
             ("--ttft-slo", self.ttft_slo_s, None),
             ("--tbt-slo", self.tbt_slo_s, None),
+            ("--objective", self.objective, DEFAULT_OBJECTIVE),
+            ("--rate", self.rate_rps, None),
+            ("--weight-dtype", self.weight_dtype, None),
+            ("--kv-dtype", self.kv_dtype, None),
+            ("--attention", self.attention, "ours"),
+            ("--effort", self.effort, "quick"),
             ("--seed", self.seed, 0),
         )
         for flag, value, default in optional:
@@ -62,4 +74,15 @@ def seconds(flag: str, text: str) -> float:
     value = float(match[1]) * (1e-3 if match[2] == "ms" else 1.0) if match else 0.0
     if not 0 < value < math.inf:
         raise UsageError(f"{flag} {text}: not a time above 0, such as 0.5, 2s or 500ms")
+    return value
+
+
+def rate(flag: str, text: str) -> float:
+    """Requests a second, a number above 0; raises UsageError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise UsageError(f"{flag} {text}: not a number of requests a second, such as 0.5")
     return value

@@ -1,21 +1,25 @@
-"""What the search may choose: degrees of the four axes and the layers of each stage.
+"""What the search may choose: degrees of the four axes, layers of each stage, and the variants.
 
 Every tp that shards the model evenly inside one node, every spp and kvp that fit beside it, and as
 many replicas as are left: replicas only ever add capacity, so fewer would lose against more.
-Degrees need not divide the devices; what they leave over is idle, and printed.
+Degrees need not divide the devices; what they leave over is idle, and printed. Each such mesh shape
+comes in variants: page size, the length at which KVP groups join, and the dtypes asked for.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import Any
 
-from planner.world import World
+from msgspec import structs
+
+from planner.world import PAGE_TOKENS, World
 from plans.errors import Infeasible
 from plans.mesh import Parallelism
 from plans.model import Model
 
-FULL_SEARCH_DEVICES = 64
-"""Up to here every pair of spp and kvp is tried; beyond, only those that leave the fewest idle."""
+PAGE_SIZES = (PAGE_TOKENS, 64)
+"""Pages that the kernels take; the first wins where they are equal."""
 
 Stages = tuple[tuple[int, int], ...]
 
@@ -27,11 +31,33 @@ class Candidate:
     parallelism: Parallelism
     stages: Stages
     """Layer range [first, end) of each stage."""
+    page_tokens: int = PAGE_TOKENS
+    spread: int | None = None
+    """KVP groups that hold one request at the context limit: fewer than kvp lets groups join later
+    as a request grows, and leaves the others to other requests. None means all."""
+    weight_dtype: str | None = None
+    """None means the model's."""
+    kv_dtype: str | None = None
+    """None means the world's."""
 
     @property
     def label(self) -> str:
-        """Degrees in words."""
-        return degrees(self.parallelism)
+        """Degrees in words, and what is not as usual."""
+        text = degrees(self.parallelism)
+        if self.spread is not None and self.spread != self.parallelism.kvp:
+            text += f", {self.spread} groups a request"
+        if self.page_tokens != PAGE_TOKENS:
+            text += f", pages of {self.page_tokens}"
+        if self.weight_dtype is not None:
+            text += f", {self.weight_dtype} weights"
+        if self.kv_dtype is not None:
+            text += f", {self.kv_dtype} KV"
+        return text
+
+    @property
+    def groups(self) -> int:
+        """KVP groups of one request at the context limit."""
+        return self.parallelism.kvp if self.spread is None else self.spread
 
     @property
     def stage_layers(self) -> tuple[int, ...]:
@@ -48,6 +74,20 @@ class Rejected:
     need: str
     have: str
     nearest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pruned:
+    """Candidates that were not priced, and the proof that none could have entered the table."""
+
+    label: str
+    branches: int
+    """Mesh shapes that the row stands for."""
+    reason: str
+    bound: str
+    """What the best of them could reach at most, or must take at least."""
+    best: str
+    """What it had to beat."""
 
 
 def gpus_text(count: int) -> str:
@@ -74,7 +114,12 @@ def rejected(label: str, error: Infeasible) -> Rejected:
 
 def check_tp(model: Model, tp: int) -> None:
     """Raises Infeasible where tp ranks cannot share the model's matrices evenly."""
-    for what, count in (("heads", model.heads), ("ffn", model.ffn), ("vocab", model.vocab)):
+    widths = {"heads": model.heads, "vocab": model.vocab}
+    if model.dense_layers:
+        widths["ffn"] = model.ffn
+    if model.experts is not None:
+        widths |= {"expert ffn": model.experts.ffn, "shared ffn": model.experts.shared_ffn}
+    for what, count in widths.items():
         if count % tp:
             raise Infeasible(what, f"tp must divide {what}", f"{count} % {tp} = {count % tp}")
     if model.kv_heads % tp and tp % model.kv_heads:
@@ -96,7 +141,7 @@ def cut_layers(layers: int, spp: int) -> Stages:
 
 
 def candidates(world: World) -> tuple[list[Candidate], list[Rejected]]:
-    """All candidates, and the degrees that no candidate can have with their reason."""
+    """Every mesh shape, each as its plainest candidate; and the degrees that none can have."""
     topology = world.topology
     found: list[Candidate] = []
     ledger: list[Rejected] = []
@@ -107,11 +152,7 @@ def candidates(world: World) -> tuple[list[Candidate], list[Rejected]]:
             ledger.append(rejected(f"tp {tp}", error))
             continue
         slots = topology.nodes * (topology.devices_per_node // tp)  # tp groups that stay in a node
-        pairs = list(_pairs(slots, world.model.layers))
-        if topology.devices > FULL_SEARCH_DEVICES:
-            fewest = min(slots % (spp * kvp) for spp, kvp in pairs)
-            pairs = [(spp, kvp) for spp, kvp in pairs if slots % (spp * kvp) == fewest]
-        for spp, kvp in pairs:
+        for spp, kvp in _pairs(slots, world.model.layers):
             replicas = slots // (spp * kvp)
             parallelism = Parallelism(
                 tp=tp,
@@ -124,6 +165,41 @@ def candidates(world: World) -> tuple[list[Candidate], list[Rejected]]:
                 Candidate(parallelism=parallelism, stages=cut_layers(world.model.layers, spp))
             )
     return found, ledger
+
+
+def branches(root: Candidate) -> list[Candidate]:
+    """A mesh shape with each length at which its KVP groups join: all of them, half of them, ..."""
+    spreads: list[int | None] = [None]
+    wide = root.parallelism.kvp
+    while (wide := (wide + 1) // 2) > 1:
+        spreads.append(wide)  # one group a request is what replicas are, without the lockstep
+    return [replace(root, spread=spread) for spread in spreads]
+
+
+def variants(world: World, branch: Candidate) -> list[Candidate]:
+    """A branch in every page size and in the dtypes asked for."""
+    return [
+        replace(branch, page_tokens=page, weight_dtype=weights, kv_dtype=kv)
+        for weights, kv in dtypes(world)
+        for page in PAGE_SIZES
+    ]
+
+
+def dtypes(world: World) -> list[tuple[str | None, str | None]]:
+    """Pairs of weight and KV dtype to choose from; None is the one that the world has anyway."""
+    weights = [None if each == world.model.weight_dtype else each for each in world.weight_dtypes]
+    kv = [None if each == world.kv_dtype else each for each in world.kv_dtypes]
+    return list(product(weights or [None], kv or [None]))
+
+
+def specialise(world: World, candidate: Candidate) -> World:
+    """The question with the candidate's page size and dtypes in it."""
+    changes: dict[str, Any] = {"page_tokens": candidate.page_tokens}
+    if candidate.weight_dtype not in (None, world.model.weight_dtype):
+        changes["model"] = structs.replace(world.model, weight_dtype=candidate.weight_dtype)
+    if candidate.kv_dtype is not None:
+        changes["kv_dtype"] = candidate.kv_dtype
+    return replace(world, **changes)
 
 
 def _pairs(slots: int, layers: int) -> Iterator[tuple[int, int]]:

@@ -48,6 +48,14 @@ class World:
     """Hard: no plan that misses it is emitted."""
     tbt_slo_s: float | None = None
     """Hard as well."""
+    objective: str = "goodput"
+    """A name of planner/objective.py."""
+    rate_rps: float | None = None
+    """Hard: requests a second that the plan must sustain."""
+    weight_dtypes: tuple[str, ...] = ()
+    """To choose from; empty takes the model's own."""
+    kv_dtypes: tuple[str, ...] = ()
+    """To choose from; empty takes kv_dtype."""
     notes: tuple[str, ...] = ()
     """Assumptions that the reader of the plan must know."""
 
@@ -83,6 +91,10 @@ def make_world(
     context_tokens: int | None = None,
     ttft_slo_s: float | None = None,
     tbt_slo_s: float | None = None,
+    objective: str = "goodput",
+    rate_rps: float | None = None,
+    weight_dtypes: tuple[str, ...] = (),
+    kv_dtypes: tuple[str, ...] = (),
 ) -> World:
     """Completes a question; raises UsageError for values that can never hold."""
     context = context_tokens or default_context(workload)
@@ -129,6 +141,10 @@ def make_world(
         kv_dtype=kv_dtype(model, device),
         ttft_slo_s=ttft_slo_s,
         tbt_slo_s=tbt_slo_s,
+        objective=objective,
+        rate_rps=rate_rps,
+        weight_dtypes=weight_dtypes,
+        kv_dtypes=kv_dtypes,
         notes=tuple(notes),
     )
 
@@ -184,3 +200,10 @@ def slo_classes(workload: Workload) -> tuple[RequestClass, ...]:
 def slo_prompt(each: RequestClass) -> int:
     """Prompt for which the TTFT target of a class is judged."""
     return length_at(each.input_tokens, TTFT_QUANTILE)
+
+
+def asked_dtypes(asked: str | None) -> tuple[str, ...]:
+    """Dtypes that a flag lets the search choose from; none means the dtype as it is."""
+    if asked is None:
+        return ()
+    return ("bf16", "fp8") if asked == "auto" else (asked,)

@@ -85,6 +85,7 @@ _TIMES = ("chunks", "kv-shards", "stage-layers", "tables")
 CHECKS = (
     Check(name="types", find=_limits_of_types),
     Check(name="devices", find=layout.devices, needs=("types",)),
+    Check(name="fabric", find=layout.fabric, needs=("types",)),
     Check(name="rank-map", find=layout.rank_map, needs=("devices",)),
     Check(name="tp-in-node", find=layout.tp_in_node, needs=("rank-map",)),
     Check(name="heads", find=layout.heads, needs=("types",)),
@@ -108,6 +109,7 @@ CHECKS = (
     Check(name="files", find=layout.files, needs=("types",)),
     Check(name="kernels", find=layout.kernels, needs=("types",)),
     Check(name="predicted", find=cost.predicted, needs=("types",)),
+    Check(name="replay", find=cost.replay, needs=("types",)),
     Check(name="predicted-bounds", find=cost.predicted_bounds, needs=("predicted", *_TIMES)),
 )
 """Order of the report; a check comes after those that it needs."""

@@ -6,12 +6,20 @@ Each function yields (path, message) for every place that breaks it; plans/check
 import re
 from collections.abc import Iterator
 from itertools import pairwise
+from math import inf
 
 from plans.chunks import WorkTable, add_sharded_chunk, split_prompt
 from plans.model import DTYPE_BYTES
-from plans.plan import Plan
+from plans.plan import Plan, Replay
 from plans.steptime import Knot, StepLoad
 
+LITTLE = 0.01
+"""Relative difference that is allowed between the two sides of Little's law."""
+SLOWDOWN = 0.5
+"""Least TTFT under load over the lone time on one stage; on p stages a p-th of it: a prompt that
+alone goes through them as one chunk is at most p times as fast in pieces. The schedule is best for
+the workload's mix of lengths and not for each, so shorter chunks may suit a length better: down to
+0.9 was seen on one stage. Twice as fast as alone is no rounding but a wrong number."""
 TOLERANCE = 1e-6
 """Relative: far above the rounding of 1e5 summed terms (1e-11), far below any meaning."""
 
@@ -132,9 +140,8 @@ def policy(plan: Plan) -> Iterator[tuple[str, str]]:
 def page_bytes(plan: Plan) -> int:
     """Bytes of one KV page on the rank that holds most layers."""
     layers = max(end - first for first, end in plan.stages)
-    kv_heads = -(-plan.model.kv_heads // plan.parallelism.tp)
-    token_bytes = 2 * layers * kv_heads * plan.model.head_dim * DTYPE_BYTES[plan.kv.dtype]
-    return token_bytes * plan.kv.page_tokens
+    tp, kv = plan.parallelism.tp, plan.kv
+    return layers * plan.model.rank_page_bytes(tp, kv.page_tokens, kv.dtype)
 
 
 def kv_shards(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -195,15 +202,19 @@ def kv_bytes(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def weights(plan: Plan) -> Iterator[tuple[str, str]]:
     """A lower bound, since norms, biases, embeddings and repeated KV heads come on top."""
-    layers = max(end - first for first, end in plan.stages)
-    parameters = layers * plan.model.layer_matmul_parameters // plan.parallelism.tp
+    model, tp = plan.model, plan.parallelism.tp
+    parameters = max(
+        model.stage_parameters(first, end) - (end - first) * model.other_layer_parameters()
+        for first, end in plan.stages
+    )
+    parameters //= tp
     least = parameters * DTYPE_BYTES[plan.model.weight_dtype]
     if plan.memory.weights_bytes < least:
         yield (
             "memory.weights_bytes",
             (
-                f"{plan.memory.weights_bytes}, but {layers} layers at tp {plan.parallelism.tp} "
-                f"alone have {least} bytes"
+                f"{plan.memory.weights_bytes}, but the layers of a stage at tp "
+                f"{plan.parallelism.tp} alone have {least} bytes"
             ),
         )
 
@@ -242,3 +253,50 @@ def predicted_bounds(plan: Plan) -> Iterator[tuple[str, str]]:
         least_s = time.step_s(decode_kv_tokens=[min(context, shard)], kvp_groups=groups)
         if seconds < least_s * (1 - TOLERANCE):
             yield f'predicted.tbt_s["{key}"]', f"{seconds} is below one step of {least_s} s"
+
+
+def replay(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Little's law within 1 %, shares that are shares, percentiles that rise, nothing from nothing.
+
+    Arrivals beyond the capacity are allowed: the plan then says how it does when overloaded.
+    """
+    point = plan.predicted.replay
+    if point is None:
+        if plan.predicted.goodput_rps is not None:
+            yield "predicted.goodput_rps", "is given without predicted.replay, which it comes from"
+        return
+    if plan.predicted.goodput_rps != point.goodput_rps:
+        yield "predicted.goodput_rps", f"is not predicted.replay.goodput_rps {point.goodput_rps}"
+    for field in ("utilisation", "attainment"):
+        if not 0 <= getattr(point, field) <= 1:
+            yield f"predicted.replay.{field}", f"{getattr(point, field)} is no share"
+    if not 0 <= point.goodput_rps <= point.arrival_rps * (1 + TOLERANCE):
+        yield (
+            "predicted.replay.goodput_rps",
+            f"{point.goodput_rps} is not within 0 and arrival_rps {point.arrival_rps}",
+        )
+    right = point.arrivals_per_s * point.time_in_system_mean_s
+    if abs(point.in_system_mean - right) > LITTLE * max(point.in_system_mean, right):
+        yield (
+            "predicted.replay.in_system_mean",
+            (
+                f"{point.in_system_mean}, but arrivals_per_s {point.arrivals_per_s} x "
+                f"time_in_system_mean_s {point.time_in_system_mean_s} = {right} (Little's law)"
+            ),
+        )
+    least = SLOWDOWN / plan.parallelism.spp
+    if point.least_slowdown is not None and point.least_slowdown < least:
+        yield (
+            "predicted.replay.least_slowdown",
+            f"a prompt starts in {point.least_slowdown:.3f} of its time alone; least: {least:.3g}",
+        )
+    yield from _rising_percentiles(point)
+
+
+def _rising_percentiles(point: Replay) -> Iterator[tuple[str, str]]:
+    for field in ("ttft_s", "tbt_s"):
+        for name, row in getattr(point, field).items():
+            values = [row.p50, row.p90, row.p99, row.max]
+            known = [inf if value is None else value for value in values]
+            if known != sorted(known):
+                yield f"predicted.replay.{field}.{name}", f"percentiles {values} do not rise"

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from plans.mesh import axis_ranks
 from plans.plan import Plan
+from plans.topology import fabric_problems
 from plans.workload import Quantile
 
 SHARE_TOLERANCE = 1e-6
@@ -30,6 +31,16 @@ def devices(plan: Plan) -> Iterator[tuple[str, str]]:
                 f"{machine.nodes} x devices_per_node {machine.devices_per_node} = {machine.devices}"
             ),
         )
+
+
+def fabric(plan: Plan) -> Iterator[tuple[str, str]]:
+    machine = plan.topology
+    if machine.fabric is None:
+        return
+    if machine.links:
+        yield "topology.links", "is not empty, and topology.fabric says what joins the devices"
+    for path, text in fabric_problems(machine.fabric, machine.devices_per_node, machine.nodes):
+        yield f"topology.{path}", text
 
 
 def rank_map(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -68,15 +79,24 @@ def heads(plan: Plan) -> Iterator[tuple[str, str]]:
     model = plan.model
     if model.heads % model.kv_heads:
         yield "model.heads", f"{model.heads} is no multiple of kv_heads {model.kv_heads}"
+    if model.latent is not None and model.kv_heads != model.heads:
+        yield "model.kv_heads", f"{model.kv_heads} with latent attention, which has {model.heads}"
+    if model.latent is not None and model.head_dim != model.latent.nope_dim + model.latent.rope_dim:
+        yield "model.head_dim", f"{model.head_dim} is not latent.nope_dim + latent.rope_dim"
     if model.head_dim % 2:
         yield "model.head_dim", f"{model.head_dim} is odd, RoPE turns pairs"
 
 
 def tensor_split(plan: Plan) -> Iterator[tuple[str, str]]:
     model, tp = plan.model, plan.parallelism.tp
-    for field in ("heads", "ffn", "vocab"):
-        if getattr(model, field) % tp:
-            yield f"model.{field}", f"{getattr(model, field)} does not divide by tp {tp}"
+    widths = {"heads": model.heads, "vocab": model.vocab}
+    if model.dense_layers:
+        widths["ffn"] = model.ffn
+    if model.experts is not None:
+        widths |= {"experts.ffn": model.experts.ffn, "experts.shared_ffn": model.experts.shared_ffn}
+    for field, width in widths.items():
+        if width % tp:
+            yield f"model.{field}", f"{width} does not divide by tp {tp}"
     if model.kv_heads % tp and tp % model.kv_heads:
         yield "model.kv_heads", f"{model.kv_heads} and tp {tp}: neither divides the other"
 

@@ -7,10 +7,10 @@ plain YAML 1.1 reader would take it for text), and otherwise text: `no`, `1:30`,
 `1_000` and `2024-01-01` are text, so a field that wants anything else refuses them. An integer is
 taken where a float is wanted; nothing else is converted.
 
-Writing puts every field in field order, dicts by key, floats in their shortest exact form with a
-point (so that every YAML reader sees a float), text in quotes where it could be read as anything
-else, and what fits on a line of 100 columns on that line. Loading what was written and writing it
-again gives the same bytes.
+Writing puts every field in field order (a struct with omit_defaults without those), dicts by key,
+floats in their shortest exact form with a point (so that every YAML reader sees a float), text in
+quotes where it could be read as anything else, and what fits on a line of 100 columns on that line.
+Loading what was written and writing it again gives the same bytes.
 """
 
 import hashlib
@@ -257,9 +257,11 @@ def _key_order(key: str) -> tuple[bool, int, str]:
 def _plain(value: Any, path: FieldPath = ()) -> Any:
     """Dicts, lists and scalars of a value: struct fields in their order, dicts by key."""
     if isinstance(value, msgspec.Struct):
-        return {
-            each: _plain(getattr(value, each), (*path, each)) for each in value.__struct_fields__
-        }
+        fields = value.__struct_fields__
+        if value.__struct_config__.omit_defaults:
+            given = msgspec.to_builtins(value)
+            fields = tuple(each for each in fields if each in given)
+        return {each: _plain(getattr(value, each), (*path, each)) for each in fields}
     if isinstance(value, dict):
         keys = sorted(value, key=_key_order)
         return {each: _plain(value[each], (*path, each)) for each in keys}

@@ -20,6 +20,8 @@ class Op(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Signature of one op: argument names with shape suffixes, results, and what it computes."""
 
     inputs: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    """Further inputs, all given or none."""
     outputs: tuple[str, ...]
     computes: str
 
@@ -48,11 +50,18 @@ OPS: dict[str, Op] = {
         outputs=("x_TD",),
         computes="rows of a rank's share of the matrix; 0 for ids of other ranks",
     ),
+    "gate_up_silu": Op(
+        inputs=("x_TD", "weight_F2D"),
+        outputs=("x_TF",),
+        computes="silu_mul of linear: the weight's first half of rows is gate, its second up",
+    ),
     "join_heads": Op(inputs=("x_TNH",), outputs=("x_TO",), computes="heads side by side, a view"),
     "kv_write": Op(
         inputs=("k_TKH", "v_TKH", "k_pages", "v_pages", "slots_T"),
+        optional=("k_scales_PK", "v_scales_PK"),
         outputs=("written",),
-        computes="stores K and V at slots, page x page_tokens + offset; slot -1 stores nothing",
+        computes="stores K and V at slots, page x page_tokens + offset; slot -1 stores nothing; "
+        "pages in fp8 hold x / scale, and only they have scales",
     ),
     "linear": Op(
         inputs=("x_TD", "weight_OD", "bias_O"),
@@ -67,10 +76,20 @@ OPS: dict[str, Op] = {
     "mul": Op(inputs=("a_TF", "b_TF"), outputs=("product_TF",), computes="a * b"),
     "paged_attention": Op(
         inputs=("q_TNH", "k_pages", "v_pages", "written", "inputs", "scale"),
+        optional=("k_scales_PK", "v_scales_PK"),
         outputs=("out_TNH", "lse_TN"),
         computes="causal attention behind each sequence's prefix, keys from its pages; a sequence "
         "whose first slot is -1 brought no keys, so its queries see all kv_lens_B keys; "
         "no keys give out 0 and lse -inf",
+    ),
+    "qkv_rope_write": Op(
+        inputs=(
+            *("x_TD", "weight_OD", "bias_O", "q_norm_H", "k_norm_H", "eps", "cos_sin_T2H2"),
+            *("k_pages", "v_pages", "slots_T"),
+        ),
+        outputs=("q_TNH", "written"),
+        computes="linear to heads of queries, keys and values; rms_norm of the first two unless "
+        "the norms are None; rope of them; kv_write of keys and values",
     ),
     "rms_norm": Op(
         inputs=("x_TD", "weight_D", "eps"),
@@ -81,6 +100,17 @@ OPS: dict[str, Op] = {
         inputs=("x_TNH", "positions_T", "inv_freq_H2", "scale"),
         outputs=("x_TNH",),
         computes="rotation of halves by position x frequency in fp32, times the yarn scale",
+    ),
+    "rotary": Op(
+        inputs=("positions_T", "inv_freq_H2", "scale"),
+        outputs=("cos_sin_T2H2",),
+        computes="cosines, then sines, of position x frequency in fp32, times the yarn scale",
+    ),
+    "sample": Op(
+        inputs=("logits_RV", "controls_R5"),
+        outputs=("drawn_2R",),
+        computes="a token a row by (temperature, top_k, top_p, min_p, number in [0, 1)), as "
+        "runtime/sampling.py draws; and 1 where the row's best logit is finite",
     ),
     "select_rows": Op(
         inputs=("x_TD", "rows_R"), outputs=("x_RD",), computes="rows whose logits are wanted"
@@ -140,8 +170,11 @@ class StepInputs(Protocol):
     sample_rows_R: Tensor
     """int64, rows of T whose logits the last stage returns."""
     host: HostInputs | None
-    """None: whoever needs the lengths waits for the device. While a CUDA graph is recorded, None
-    says that every sequence has at most one token, and T == B."""
+    """None where the host does not know them: whoever needs the lengths waits for the device."""
+    recorded: bool
+    """The launches of this step run again with other numbers in its tensors (a CUDA graph): none of
+    them may depend on a number, `host` is None, every sequence has at most one token, and T == B.
+    A sequence of no keys is padding: its row is any finite value."""
     memo: dict[Any, Any]
     """What an op keeps for the step's other layers, such as work lists; a new step has it empty."""
 
@@ -153,6 +186,9 @@ class KvCache(Protocol):
     k_pages: list[Tensor]
     """Per layer of the stage: [pages, page_tokens, K, H]."""
     v_pages: list[Tensor]
+    k_scales: list[Tensor]
+    """Of pages in fp8, per layer: fp32 [pages, K], a power of two; without pages otherwise."""
+    v_scales: list[Tensor]
 
 
 class Comm(Protocol):

@@ -67,7 +67,7 @@ class Memory(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Scheduler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How requests are ordered and steps are filled (design section 4)."""
 
-    policy: str = "lars"
+    policy: str = "lars-lanes"
     step_budget_s: Annotated[float, Meta(gt=0)] = 0.03
     """Predicted time of a step, summed over its stages, while anything decodes."""
     idle_budget_s: Annotated[float, Meta(gt=0)] = 0.1
@@ -77,7 +77,7 @@ class Scheduler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     long_tokens: Count = 65536
     """Prompts from this length on are long."""
     best_effort_share: Annotated[float, Meta(gt=0, lt=1)] = 0.1
-    """Share of every step kept for requests whose deadline can no longer be met."""
+    """Share of all prefill time that requests of the best-effort class get while they wait."""
     min_chunk_tokens: Count = 32
     """Progress that a prefill makes even where the budget is already spent."""
     max_step_tokens: Count = 8192
@@ -96,10 +96,59 @@ class Kernel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     op: str
     when: When = When()
-    target: Literal["torch", "triton"]
+    target: Literal["torch", "triton", "flash_attn"]
     params: dict[str, int] = {}
     """Tunables, as named in the op's spec."""
     file: str
+
+
+class Percentiles(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nearest-rank percentiles in seconds; None where that sample never came."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    max: float | None
+
+
+class Replay(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one replica did with the plan's workload in virtual time, on the runtime's own loop.
+
+    Lengths are stratified, so that few requests hold the mix; arrivals are Poisson. All replicas
+    are taken to be alike: rates here are of all, counts of the one that was run.
+    """
+
+    policy: str
+    seed: int
+    arrival_rps: float
+    """Offered to all replicas together."""
+    duration_s: float
+    """Virtual seconds from the first arrival to where the run was stopped."""
+    requests: int
+    """That arrived at the one replica."""
+    finished: int
+    undecided: int
+    """Neither finished nor beyond a target when the run was stopped; in no percentile."""
+    steps: int
+    utilisation: float
+    """Share of the time in which the slowest stage worked."""
+    arrivals_per_s: float
+    """Requests of the one replica over duration_s: the left factor of Little's law."""
+    in_system_mean: float
+    """Mean number of requests in the replica, integrated over the engine's own events."""
+    time_in_system_mean_s: float
+    """Mean time of a request in the replica within the run, from the records."""
+    least_slowdown: float | None = None
+    """Smallest TTFT over the lone time of the same prompt; below 1 where chunks that are shorter
+    than the schedule's suit a length better. None where nothing started."""
+    attainment: float
+    """Share of the decided requests that met their SLO."""
+    goodput_rps: float
+    """attainment x arrival_rps."""
+    ttft_s: dict[str, Percentiles]
+    """By class: all, short, long."""
+    tbt_s: dict[str, Percentiles]
+    """Single gaps, by class."""
 
 
 class Predicted(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,12 +160,15 @@ class Predicted(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Time between tokens of one lone request, by its context tokens."""
     capacity_rps: float
     """Requests a second of the workload at which prefill and decode fill the devices."""
+    goodput_rps: float | None = None
+    """Requests a second that met their SLO in `replay`; None where none was run."""
     bound_by: str
     """What limits capacity."""
     error_band: float
     """Half width of the band around the times, as a share."""
     provenance: dict[str, str]
     """Term to `measured`, `interpolated`, `extrapolated by x` or `formula`."""
+    replay: Replay | None = None
     notes: tuple[str, ...] = ()
     """What the reader must know: assumed RoPE scaling, idle devices, ..."""
 

@@ -177,9 +177,10 @@ def make_plan(
     devices = [divmod(each, topology.devices_per_node) for each in range(topology.devices)]
 
     pages = shard_pages + spare_pages
-    head_bytes = -(-model.kv_heads // mesh.tp) * model.head_dim * DTYPE_BYTES[kv_dtype]
-    kv_bytes = pages * page_tokens * 2 * max(lengths) * head_bytes
-    parameters = max(lengths) * model.layer_parameters + 2 * model.embedding_parameters
+    page_bytes = page_tokens * model.head_dim * DTYPE_BYTES[kv_dtype]
+    page_bytes += 4 if kv_dtype == "fp8" else 0  # the scale of a head
+    kv_bytes = pages * 2 * max(lengths) * -(-model.kv_heads // mesh.tp) * page_bytes
+    parameters = max(lengths) * model.layer_parameters() + 2 * model.embedding_parameters
     weights = -(-parameters // mesh.tp) * DTYPE_BYTES[model.weight_dtype]
     activations, reserved, free = 1 << 20, 1 << 20, 12345
     capacity = max(topology.device_memory_bytes, weights + activations + reserved + kv_bytes + free)

@@ -17,9 +17,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
+import pytest
 import torch
+import triton
+import triton.language as tl
 from builders import tiny_model
 from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from codegen.emit import EmittedProgram
 from codegen.models import load_model
@@ -28,7 +32,28 @@ from plans.model import Model, Rope, RopeScaling
 from plans.ops import Parameter
 from plans.plan import Plan
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
+
+
+def rounding_interpreter(patch: pytest.MonkeyPatch) -> None:
+    """Lets the interpreter round fp32 to bf16 as the hardware does; Triton's own cuts it off."""
+    if not isinstance(triton.jit(rounding_interpreter), InterpretedFunction):
+        return
+    cut = InterpreterBuilder.cast_impl
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return cut(self, src, dst_type)
+        rounded = torch.from_numpy(src.data.astype("float32")).bfloat16()
+        bits = rounded.view(torch.uint16).numpy().reshape(src.data.shape)
+        return TensorHandle(bits, dst_type.scalar)
+
+    patch.setattr(InterpreterBuilder, "cast_impl", cast)
 
 
 def logit_tolerance(logits: torch.Tensor) -> float:
@@ -231,7 +256,16 @@ class Machine:
             [torch.full(shape, torch.nan).to(DTYPES[plan.kv.dtype]) for _ in range(first, end)]
             for _ in "kv"
         ]
-        return SimpleNamespace(page_tokens=plan.kv.page_tokens, k_pages=pages[0], v_pages=pages[1])
+        scales = [
+            [torch.full((shape[0], heads), torch.nan) for _ in range(first, end)] for _ in "kv"
+        ]
+        return SimpleNamespace(
+            page_tokens=plan.kv.page_tokens,
+            k_pages=pages[0],
+            v_pages=pages[1],
+            k_scales=scales[0],
+            v_scales=scales[1],
+        )
 
     def inputs(self, work: list[tuple[Sequence, int]], group: int) -> SimpleNamespace:
         """StepInputs of one group, all rows sampled; pages are taken as they are needed."""

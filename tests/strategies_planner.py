@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 from hypothesis import strategies as st
 
 from planner.world import World, make_world
@@ -29,6 +30,11 @@ def tiny_device(**changes: Any) -> Device:
         "sources": {},
     }
     return Device(**(values | changes))
+
+
+def by_datasheet(device: Device) -> Device:
+    """The device under another name, so that no profile of it is found: all by roofline."""
+    return msgspec.structs.replace(device, name=f"{device.name}-by-datasheet")
 
 
 def tiny_topology(device: Device, *, nodes: int = 1, per_node: int = 4) -> Topology:

@@ -1,11 +1,14 @@
 """Hypothesis strategies for the runtime: plans small enough to be crowded, and requests."""
 
+from typing import Any
+
 import msgspec
 from hypothesis import strategies as st
 from strategies import make_plan, tiny_step_time
 
 from plans.mesh import Parallelism
-from plans.plan import Plan
+from plans.plan import Plan, Scheduler
+from plans.steptime import Knot
 from runtime.request import Request
 from runtime.scheduler import ENGINES, POLICIES
 
@@ -24,6 +27,38 @@ def sim_plan(
     )
     limits = msgspec.structs.replace(plan.limits, sequences=sequences)
     return msgspec.structs.replace(plan, limits=limits)
+
+
+QUANTUM_S = 2.0**-10
+"""Seconds of a token on a linear plan: a binary fraction, so that sums of it are exact."""
+
+
+def linear_plan(
+    *, spp: int = 1, kvp: int = 1, spare_pages: int = 640, sequences: int = 1024, **changes: Any
+) -> Plan:
+    """Steps take QUANTUM_S a token, whatever it is; `changes` are of the scheduler."""
+    layer_s = QUANTUM_S / 4  # four layers
+    knots = (Knot(at=1, seconds=layer_s), Knot(at=2, seconds=2 * layer_s))
+    free = dict.fromkeys(("overhead_s", "pair_s", "key_s", "decode_key_s", "decode_sequence_s"), 0)
+    time = tiny_step_time(matmul=knots, head=(), margin=0.0, **free)
+    plan = make_plan(
+        parallelism=Parallelism(spp=spp, kvp=kvp),
+        step_time=time,
+        rows=((1024, 512),),
+        spare_pages=spare_pages,
+    )
+    scheduler = {
+        "step_budget_s": 64 * QUANTUM_S,
+        "idle_budget_s": 128 * QUANTUM_S,
+        "long_tokens": 256,
+        "min_chunk_tokens": 4,
+        "max_step_tokens": 1024,
+    }
+    return msgspec.structs.replace(
+        plan,
+        limits=msgspec.structs.replace(plan.limits, sequences=sequences),
+        scheduler=Scheduler(**(scheduler | changes)),
+    )
 
 
 @st.composite

@@ -83,12 +83,14 @@ ZONES = {
         third_party=("msgspec",),
     ),
     "medha-plan": Zone(
-        modules=("planner.cli_plan",),
+        modules=("planner.cli_plan", "planner.cli_plan_tables"),
         zones=("bundle", "core", "planner", "plans", "report"),
         third_party=COMMAND,
     ),
     "medha-tune": Zone(
-        modules=("planner.cli_tune",), zones=("codegen", "planner", "plans"), third_party=COMMAND
+        modules=("planner.cli_tune",),
+        zones=("codegen", "core", "planner", "plans"),
+        third_party=COMMAND,
     ),
     "plot": Zone(
         modules=("runtime.plot",), zones=("core", "plans"), third_party=("matplotlib", "numpy")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
+from codegen.kernels.kv_write.triton import kv_write
 from codegen.kernels.paged_attention import triton as kernel
 from codegen.kernels.paged_attention.reference import paged_attention as reference
 
@@ -42,6 +43,7 @@ def step(
         page_table_BP=torch.tensor(
             [row + [0] * (width - len(row)) for row in tables], dtype=torch.int32, device="cuda"
         ),
+        recorded=False,
         memo={},
     )
     return sum(used) + 1, inputs
@@ -65,6 +67,25 @@ BATCHES = (
 )
 
 
+FORMS = (
+    ("gluon", 1, 0),
+    ("gluon, one list", 1, 2),
+    ("portable", 0, 0),
+    ("portable, one list", 0, 2),
+    ("fp8", 0, 2),
+)
+"""Name, GLUON, MIXED."""
+
+
+def quantised(k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """K and V pages in fp8 and their scales, as kv_write leaves them."""
+    pages = [torch.zeros(k.shape, dtype=torch.float8_e4m3fn, device="cuda") for _ in "kv"]
+    scales = [torch.zeros(k.shape[0], k.shape[2], device="cuda") for _ in "kv"]
+    slots = torch.arange(k.shape[0] * k.shape[1], device="cuda")
+    kv_write(k.flatten(0, 1), v.flatten(0, 1), *pages, slots, *scales)
+    return [*pages, *scales]
+
+
 def main() -> None:
     """Prints a line a combination."""
     warnings.simplefilter("error")
@@ -84,18 +105,22 @@ def main() -> None:
         q = torch.randn(tokens, kv_heads * group, head_dim, device="cuda").to(dtype)
         k, v = (torch.randn(pages, page, kv_heads, head_dim, device="cuda").to(dtype) for _ in "kv")
         scale = head_dim**-0.5
-        expected, expected_lse = reference(q.float(), k, v, k, inputs, scale)
-        for hopper in (True, False):
+        exact = reference(q.float(), k, v, k, inputs, scale)
+        cache = quantised(k, v)
+        rounded = reference(q.float(), *cache[:2], cache[0], inputs, scale, *cache[2:])
+        for name, gluon, mixed in FORMS:
             inputs.memo = {}
-            with_gluon, kernel.GLUON = kernel.GLUON, int(hopper)
-            kernel._hopper.cache_clear()  # noqa: SLF001 - both forms in one process
+            kernel.GLUON, kernel.MIXED = gluon, mixed
+            kernel._hopper.cache_clear()  # noqa: SLF001 - all forms in one process
+            pages, scales = ((k, v), ()) if name != "fp8" else (cache[:2], cache[2:])
+            expected, expected_lse = exact if name != "fp8" else rounded
             torch.empty, torch.empty_like = poisoned, lambda x: torch.full_like(x, torch.nan)
             try:
-                out, lse = kernel.paged_attention(q, k, v, k, inputs, scale)
-                again, _ = kernel.paged_attention(q, k, v, k, inputs, scale)
+                out, lse = kernel.paged_attention(q, *pages, k, inputs, scale, *scales)
+                again, _ = kernel.paged_attention(q, *pages, k, inputs, scale, *scales)
             finally:
                 torch.empty, torch.empty_like = EMPTY, LIKE
-                kernel.GLUON = with_gluon
+                kernel.GLUON = kernel.MIXED = 1
             finite = expected_lse.isfinite()
             error = ((out.float() - expected).norm() / expected.norm()).item()
             lse_error = (lse - expected_lse)[finite].abs().max().item() if finite.any() else 0.0
@@ -105,8 +130,9 @@ def main() -> None:
             good &= bool((out[~finite] == 0).all())
             failures += not good
             forms = [(f.rows, bool(f.hopper)) for f, _ in next(iter(inputs.memo.values()))]
-            print(f"{'ok ' if good else 'BAD'} {rows} {kv_heads=} {group=} {head_dim=} {page=} "
-                  f"{dtype} {forms} error {error:.1e} lse {lse_error:.1e}", flush=True)  # fmt: skip
+            print(f"{'ok ' if good else 'BAD'} {name}: {rows} {kv_heads=} {group=} {head_dim=} "
+                  f"{page=} {dtype} {forms} "
+                  f"error {error:.1e} lse {lse_error:.1e}", flush=True)  # fmt: skip
     print(f"{failures} failures")
     raise SystemExit(failures > 0)
 

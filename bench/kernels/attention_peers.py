@@ -1,12 +1,13 @@
-"""Our attention beside FlashAttention-3, alternately in one process, on this GPU.
+"""Our attention beside other libraries', alternately in one process, on this GPU.
 
     PYTHONPATH=. python bench/kernels/attention_peers.py [--out DIR] [--rows chunk,decode]
+                                                         [--peers "fa3,sdpa flash,flashinfer"]
 
 Each candidate is checked against fp32 first and not timed if it is off. Figures are medians over
 rounds in which every candidate runs once, and ratios are medians of the rounds' ratios: the chip is
 power-limited, so rates drift by more than candidates differ. Writes attention_peers.csv and .md.
-Ours reads pages in random order, the peer dense keys. Our work list is built once a step for all
-layers of a model, so it is not part of a call; its own time is the column `list_us`.
+Ours and FlashInfer read pages in random order, the others dense keys. Our work list is built once a
+step for all layers of a model, so it is not part of a call; its own time is the column `list_us`.
 """
 
 import argparse
@@ -29,26 +30,26 @@ import triton
 from bench.kernels.attention_cases import (
     Case,
     Problem,
-    flash_attention_3,
     make,
     ours,
     portable,
     relative_error,
 )
+from bench.kernels.attention_libraries import LIBRARIES, Unsuited
 from codegen.kernels.paged_attention import triton as kernel
 
 K = 1024
 PREFILL = [Case(name="prefill", queries=n * K, keys=n * K, heads=heads)
-           for n, heads in ((8, 32), (32, 32), (8, 64), (32, 64), (128, 32))]  # fmt: skip
+           for n in (8, 32, 128) for heads in (32, 64)]  # fmt: skip
 CHUNKS = [Case(name="chunk", queries=n, keys=keys * K, heads=heads)
-          for heads in (32, 64) for keys in (128, 1024) for n in (32, 128, 512, 2048)
-          if not (heads == 64 and n == 128)]  # fmt: skip
+          for heads in (32, 64) for keys in (128, 1024) for n in (32, 128, 512, 2048)]  # fmt: skip
 DECODES = [Case(name="decode", queries=1, keys=keys * K, batch=batch, heads=heads, graph=graph)
            for heads in (32, 64)
            for batch, keys, graph in ((1, 4, True), (1, 128, False), (32, 4, False),
                                       (1, 1024, False))]  # fmt: skip
 ROWS = {"prefill": PREFILL, "chunk": CHUNKS, "decode": DECODES}
 PORTABLE = [("prefill", 8 * K, 32), ("prefill", 32 * K, 32), ("chunk", 512, 32)]
+PAGED = {"ours", "portable Triton", "flashinfer"}
 TOLERANCE = 6e-3
 """As in attention_check.py."""
 RATES = {"H100": (787e12, 3.02e12), "H200": (790e12, 4.28e12)}
@@ -99,17 +100,25 @@ def replayed(runs: list[Callable[[], Any]]) -> Callable[[], float]:
     return lambda: timed(graph.replay, 8) / len(runs)
 
 
-def candidates_of(case: Case, problems: list[Problem]) -> dict[str, list[Callable[[], Any]]]:
+def candidates_of(
+    case: Case, problems: list[Problem], peers: list[str]
+) -> dict[str, list[Callable[[], Any]]]:
     """By name, a call for each copy of the data."""
     found = {"ours": [ours(each, kernel) for each in problems]}
     if (case.name, case.queries, case.heads) in PORTABLE and case.keys <= 128 * K:
         found["portable Triton"] = [portable(each, kernel) for each in problems]
-    try:
-        peers = [flash_attention_3(case, each) for each in problems]
-        peers[0]()
-        found["fa3"] = peers
-    except ImportError as error:
-        print(f"no FlashAttention-3: {error}", flush=True)
+    for name in peers:
+        try:
+            runs = [LIBRARIES[name](case, each) for each in problems]
+            runs[0]()
+            torch.cuda.synchronize()
+            found[name] = runs
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory for {case}", flush=True)
+        except (ImportError, Unsuited) as error:
+            print(f"no {name}: {error}", flush=True)
+        except Exception as error:  # noqa: BLE001 - whatever a library raises; the others go on
+            print(f"{name} fails on {case}: {error!r}"[:400], flush=True)
     return found
 
 
@@ -127,10 +136,10 @@ def list_time_us(problem: Problem) -> float:
     return statistics.median(times)
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+def measure(case: Case, rounds: int, peers: list[str]) -> list[dict[str, Any]]:
     """A row a candidate."""
     problems = [make(case, seed) for seed in range(6 if case.graph else 1)]
-    candidates = candidates_of(case, problems)
+    candidates = candidates_of(case, problems, peers)
     rows, clocks = [], {}
     # takes longer than the host takes to launch, so that a launch is not part of the time
     flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
@@ -143,7 +152,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
                 "keys": case.keys,
                 "batch": case.batch,
                 "heads": f"{case.heads}/{case.kv_heads}",
-                "page": case.page_tokens if name != "fa3" else "dense",
+                "page": case.page_tokens if name in PAGED else "dense",
                 "graph": case.graph,
                 "candidate": name,
                 "error": f"{error:.1e}",
@@ -223,6 +232,7 @@ def main() -> None:
     parser.add_argument("--rows", default="decode,chunk,prefill")
     parser.add_argument("--page", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=480.0, help="starts no case after these")
+    parser.add_argument("--peers", default=",".join(LIBRARIES))
     parser.add_argument("--fast", action="store_true", help="fewer rounds")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -238,7 +248,8 @@ def main() -> None:
             skipped.append(chosen)
             continue
         try:
-            found = measure(chosen, rounds_for(chosen, fast=options.fast))
+            rounds = rounds_for(chosen, fast=options.fast)
+            found = measure(chosen, rounds, options.peers.split(","))
         except torch.OutOfMemoryError:
             found = [{**dataclasses.asdict(chosen), "case": chosen.name, "us": "out of memory"}]
         rows += found

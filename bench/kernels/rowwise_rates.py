@@ -1,4 +1,4 @@
-"""Row-wise kernels beside the copy rate and the torch ops they replace, on this GPU.
+"""Row-wise kernels and sampling beside the copy rate and the torch ops they replace, on this GPU.
 
     PYTHONPATH=. python bench/kernels/rowwise_rates.py [--out DIR]
 
@@ -24,6 +24,7 @@ from codegen.kernels.add_rms_norm.triton import add_rms_norm
 from codegen.kernels.kv_write.triton import kv_write
 from codegen.kernels.rms_norm.triton import rms_norm
 from codegen.kernels.rope.triton import rope
+from codegen.kernels.sample.triton import sample
 from codegen.kernels.silu_mul.triton import silu_mul
 
 KERNELS = {
@@ -31,8 +32,13 @@ KERNELS = {
     "kv_write": kv_write,
     "rms_norm": rms_norm,
     "rope": rope,
+    "sample": sample,
     "silu_mul": silu_mul,
 }
+TOKENS = {"sample": (1, 64)}
+"""Of one op, in place of (1, 64, 2048, 16384)."""
+CONTROLS = ((0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 50, 1.0, 0.0), (0.8, 64, 0.9, 0.0))
+"""Temperature, top_k, top_p and min_p of rows in turn; the last for one row."""
 COLD_BYTES = 256 << 20
 """Bytes that a graph goes through, several times the L2."""
 
@@ -51,6 +57,12 @@ def arguments(op: str, tokens: int) -> tuple[tuple[Any, ...], int]:
         return args, 8 * tokens * wide
     if op == "silu_mul":
         return (normal(tokens, 2 * 14336),), 6 * tokens * 14336
+    if op == "sample":
+        vocab = 128_256
+        logits = normal(tokens, vocab).float() * 3
+        rows = [(*CONTROLS[-1 - row % len(CONTROLS)], 0.37) for row in range(tokens)]
+        controls = torch.tensor(rows, dtype=torch.float64, device="cuda")
+        return (logits, controls), 4 * tokens * vocab
     positions = torch.randint(0, 1 << 20, (tokens,), device="cuda")
     if op == "rope":
         frequencies = torch.logspace(0, -5.7, head // 2, device="cuda")
@@ -64,6 +76,8 @@ def arguments(op: str, tokens: int) -> tuple[tuple[Any, ...], int]:
 
 def wrong(op: str, args: tuple[Any, ...]) -> float:
     """Largest difference from the reference, as a share of the op's tolerance."""
+    if op == "sample":
+        return 0.0 if torch.equal(sample(*args), load_reference(op)(*args)) else torch.inf
     bound = load_spec(op).tolerance["bf16"]
     if op == "kv_write":
         own, other = ([each.clone() for each in args[2:4]] for _ in range(2))
@@ -133,7 +147,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = [row for op in KERNELS for tokens in (1, 64, 2048, 16384) for row in measure(op, tokens)]
+    rows = [
+        row
+        for op in KERNELS
+        for tokens in TOKENS.get(op, (1, 64, 2048, 16384))
+        for row in measure(op, tokens)
+    ]
     fields = list(rows[0])
     text = [*environment(), "", table(rows, fields), ""]
     (options.out / "rowwise_rates.md").write_text("\n".join(text))

@@ -165,6 +165,14 @@ def test_the_same_plan_compiles_to_the_same_bytes():
     assert compile_plan(plan) == compile_plan(plan)
 
 
+def test_attention_by_flash_attn_is_of_gpus_alone():
+    for hardware, expected in (("h100", "flash_attn"), ("cpu", "torch")):
+        plan, _ = compile_plan(plan_of("qwen2.5-0.5b", 1, hardware), attention="flash-attn")
+        check_plan(plan)
+        (target,) = (each.target for each in plan.kernels if each.op == "paged_attention")
+        assert target == expected
+
+
 def test_graphs_are_added_but_not_hashed():
     plan, files = compile_plan(plan_of("tiny-llama", 1, "cpu"), dump_graph=True)
     graphs = {name for name in files if name.startswith("graphs/")}

@@ -4,23 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from planner import catalog
 from planner.catalog import (
     CATALOG,
+    hub_id,
     load_device,
     load_model,
     load_node_type,
     load_workload,
     names,
-    topology_for,
 )
-from plans.codec import dump_file, dumps, load_file
-from plans.errors import InvalidFile, UnknownName, UsageError
+from plans.codec import dumps, load_file
+from plans.errors import InvalidFile, UnknownName
 from plans.model import Model
 from plans.topology import Device, NodeType
 from plans.workload import Workload, length_at
@@ -56,15 +53,21 @@ PUBLIC_PARAMETERS = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
 }
-
-
-def small_node(*, per_node: int, nodes: int | None = None) -> NodeType:
-    """Node type of H200 devices."""
-    links = load_node_type("dgx-h200").links
-    return NodeType(
-        name="small", device="h200-sxm-141gb", devices_per_node=per_node, nodes=nodes, links=links
-    )
+# Billions of parameters, all and those of one token, as their authors count them: mistral.ai's
+# announcements of Mixtral 8x7B and 8x22B; the model cards Qwen/Qwen3-30B-A3B and -235B-A22B; the
+# README_WEIGHTS.md of deepseek-ai/DeepSeek-V3, whose 36.6 leave the embedding out.
+PUBLIC_ACTIVE = {
+    "mixtral-8x7b": (46.7, 12.9, 0.0),
+    "mixtral-8x22b": (141, 39, 0.0),
+    "qwen3-30b-a3b": (30.5, 3.3, 0.0),
+    "qwen3-235b-a22b": (235, 22, 0.0),
+    "deepseek-v3": (671, 36.6, 0.93),
+}
 
 
 # --- entries ------------------------------------------------------------------------------------
@@ -97,6 +100,15 @@ def test_parameters_are_the_public_ones(name):
     assert load_model(name).parameters == PUBLIC_PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", PUBLIC_ACTIVE)
+def test_parameters_of_experts_are_the_public_ones(name):
+    every, active, embedding = PUBLIC_ACTIVE[name]
+    model = load_model(name)
+    assert model.parameters / 1e9 == pytest.approx(every, rel=0.005)
+    # three digits are published at most, and one of the two of a name such as A3B
+    assert model.active_parameters / 1e9 - embedding == pytest.approx(active, rel=0.02)
+
+
 def test_transformers_counts_the_same_parameters():
     """Each model is built by transformers without memory (device meta) from the same figures."""
     torch = pytest.importorskip("torch")
@@ -106,11 +118,12 @@ def test_transformers_counts_the_same_parameters():
         with torch.device("meta"):
             reference = transformers.AutoModelForCausalLM.from_config(hub_config(model))
         counted = sum(each.numel() for each in reference.parameters())  # a tied head counts once
-        # all layers are alike, so two of them give the count of all
+        # two layers give the count of all: the last kind stands for all that are left out
         layers = reference.model.layers
-        counted += (model.layers - len(layers)) * sum(
-            each.numel() for each in layers[0].parameters()
-        )
+        per_layer = [sum(each.numel() for each in layer.parameters()) for layer in layers]
+        more_dense = max(model.dense_layers - 1, 0) if model.experts else 0
+        counted += more_dense * per_layer[0]
+        counted += (model.layers - len(layers) - more_dense) * per_layer[1]
         assert counted == model.parameters, name
 
 
@@ -123,21 +136,64 @@ def hub_config(model: Model):
         kind = transformers.Qwen2Config
     if model.qk_norm:
         kind = transformers.Qwen3Config
-    return kind(
-        vocab_size=model.vocab,
-        hidden_size=model.hidden,
-        intermediate_size=model.ffn,
-        num_hidden_layers=2,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        tie_word_embeddings=model.tie_embeddings,
-    )
+    shape = {
+        "vocab_size": model.vocab,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        "num_hidden_layers": 2,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    if model.experts is not None:
+        kind = {
+            "deepseek_v3": transformers.DeepseekV3Config,
+            "mixtral": transformers.MixtralConfig,
+            "qwen3_moe": transformers.Qwen3MoeConfig,
+        }[model.family]
+        shape |= {
+            "num_local_experts": model.experts.count,
+            "num_experts": model.experts.count,
+            "n_routed_experts": model.experts.count,
+            "num_experts_per_tok": model.experts.per_token,
+            "moe_intermediate_size": model.experts.ffn,
+            "n_shared_experts": model.experts.shared_ffn // model.experts.ffn,
+            "first_k_dense_replace": min(model.experts.dense_layers, 1),
+        }
+    if model.latent is not None:
+        del shape["head_dim"]
+        shape |= {
+            "q_lora_rank": model.latent.q_rank,
+            "kv_lora_rank": model.latent.kv_rank,
+            "qk_rope_head_dim": model.latent.rope_dim,
+            "qk_nope_head_dim": model.latent.nope_dim,
+            "v_head_dim": model.latent.value_dim,
+        }
+    return kind(**shape)
 
 
 def test_kv_bytes_of_a_token_are_the_known_ones():
     assert load_model("llama3-70b").kv_bytes_per_token("bf16") == 327_680
     assert load_model("llama3-8b").kv_bytes_per_token("bf16") == 131_072
+    # 512 + 64 numbers a layer (arXiv 2405.04434, section 2.1), 61 layers
+    assert load_model("deepseek-v3").kv_bytes_per_token("bf16") == 576 * 61 * 2
+    assert load_model("qwen3-235b-a22b").kv_bytes_per_token("bf16") == 2 * 94 * 4 * 128 * 2
+
+
+def test_latent_kv_is_not_split_by_tensor_parallelism():
+    model = load_model("deepseek-v3")
+    assert model.rank_kv_elements(8) == model.rank_kv_elements(1) == 576
+    assert load_model("llama3-70b").rank_kv_elements(8) == 2 * 128
+
+
+def test_flops_of_experts_follow_those_that_a_token_visits():
+    model = load_model("mixtral-8x7b")
+    attention = 4096 * (32 + 2 * 8) * 128 + 4096 * 4096
+    visited = 2 * 3 * 4096 * 14336 + 8 * 4096
+    assert model.matmul_flops(10) == 2 * 10 * 32 * (attention + visited)
+    assert model.experts.visited(1) == pytest.approx(2)
+    assert model.experts.visited(1000) == pytest.approx(8)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -157,7 +213,8 @@ def test_devices_say_where_each_figure_comes_from(name):
 @pytest.mark.parametrize("name", names("topologies"))
 def test_node_types_have_both_links_and_a_device_of_the_catalog(name):
     node = load_node_type(name)
-    assert sorted(link.scope for link in node.links) == ["cluster", "node"]
+    scopes = sorted(link.scope for link in node.links)
+    assert scopes == ([] if node.fabric else ["cluster", "node"])
     assert node.device in DEVICES
 
 
@@ -280,97 +337,9 @@ def test_a_folder_is_read_and_a_missing_one_is_named(tmp_path):
         load_model(str(tmp_path / "missing"))
 
 
-# --- layouts ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("gpus", "layout"),
-    [(1, (1, 1)), (7, (1, 7)), (8, (1, 8)), (10, (2, 5)), (12, (2, 6)), (16, (2, 8)), (21, (3, 7))],
-)
-def test_gpus_fill_the_fewest_nodes_evenly(gpus, layout):
-    topology = topology_for(load_device("h100"), gpus)
-    assert (topology.nodes, topology.devices_per_node) == layout
-
-
-@pytest.mark.parametrize(
-    ("gpus", "nearest"), [(17, "16 or 18"), (9, "8 or 10"), (0, "1"), (-3, "1")]
-)
-def test_counts_that_do_not_divide_name_the_nearest_that_do(gpus, nearest):
-    with pytest.raises(UsageError, match=f"nearest: {nearest}$"):
-        topology_for(load_device("h100"), gpus)
-
-
-def test_a_topology_carries_the_memory_and_only_the_links_in_use():
-    device = load_device("h200")
-    one, node, cluster = (topology_for(device, gpus) for gpus in (1, 8, 16))
-    assert one.links == ()
-    assert [link.kind for link in node.links] == ["nvlink"]
-    assert [link.kind for link in cluster.links] == ["nvlink", "infiniband"]
-    assert {each.device_memory_bytes for each in (one, node, cluster)} == {device.memory_bytes}
-
-
-def test_one_device_a_node_uses_the_cluster_link_alone():
-    topology = topology_for(load_device("cpu"), 2)
-    assert (topology.nodes, topology.devices_per_node) == (2, 1)
-    assert [link.scope for link in topology.links] == ["cluster"]
-
-
-def test_a_topology_file_is_used_and_bounds_the_gpus(tmp_path):
-    path = tmp_path / "lab.yaml"
-    dump_file(path, small_node(per_node=8, nodes=3))
-    device = load_device("h200")
-    assert topology_for(device, 24, path).nodes == 3
-    assert topology_for(device, 9, str(path)).devices_per_node == 3  # its third node makes it even
-    with pytest.raises(UsageError, match=r"nearest: 24$"):
-        topology_for(device, 32, path)
-
-
-def test_a_machine_of_another_device_is_refused():
-    with pytest.raises(UsageError, match="has h100-sxm-80gb, not a100-sxm-80gb"):
-        topology_for(load_device("a100"), 8, "dgx-h100")
-
-
-def test_a_missing_link_is_named(tmp_path):
-    alone = msgspec.structs.replace(small_node(per_node=4), links=())
-    assert topology_for(load_device("h200"), 1, alone).links == ()
-    with pytest.raises(UsageError, match="no link of scope 'node'"):
-        topology_for(load_device("h200"), 4, alone)
-
-
-def test_two_links_of_one_scope_are_refused(tmp_path):
-    node = small_node(per_node=8)
-    path = tmp_path / "double.yaml"
-    dump_file(path, msgspec.structs.replace(node, links=(*node.links, node.links[0])))
-    with pytest.raises(InvalidFile, match="at most one link has scope node"):
-        load_node_type(path)
-
-
-def test_a_missing_topology_file_is_named(tmp_path):
-    with pytest.raises(InvalidFile, match="no such file"):
-        load_node_type(str(tmp_path / "none.yaml"))
-
-
-@given(
-    gpus=st.integers(-2, 80),
-    per_node=st.integers(1, 9),
-    nodes=st.none() | st.integers(1, 8),
-)
-def test_a_layout_has_exactly_the_gpus_or_names_counts_that_fit(gpus, per_node, nodes):
-    node = small_node(per_node=per_node, nodes=nodes)
-    device = load_device("h200")
-    # brute force over all layouts that the rule allows
-    fewest = max(1, -(-gpus // per_node))
-    most = fewest if nodes is None else nodes
-    even = [n for n in range(1, most + 1) if gpus >= 1 and gpus % n == 0 and gpus // n <= per_node]
-    try:
-        topology = topology_for(device, gpus, node)
-    except UsageError as error:
-        assert even == []
-        for count in str(error).rpartition("nearest: ")[2].split(" or "):
-            assert topology_for(device, int(count), node).devices == int(count)
-    else:
-        assert topology.devices == gpus
-        assert topology.nodes == min(even)
+def test_models_have_their_first_hub_id():
+    assert hub_id("llama3-70b") == "meta-llama/Meta-Llama-3-70B"
+    assert hub_id("tiny-llama") is None
 
 
 # --- weight -------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_the_main_command_plans_a_million_tokens_on_two_nodes(plan_it):
     assert out.startswith("16 GPUs = tp 8 x spp 2 x kvp 1 x 1 replica\n")
     assert "assumed RoPE scaling yarn" in out
     assert "bound by" in out
-    assert "+-30%" in out
+    assert "error band +-" in " ".join(out.split())  # wherever the line wraps
     bundle, command = out.splitlines()[-2:]
     assert bundle == "bundle: llama3-70b-16xh100"
     assert command == "medha-sim llama3-70b-16xh100"
@@ -64,6 +64,7 @@ def test_the_bundle_holds_a_plan_that_passes_every_check(plan_it):
         "README.md",
         "alternatives.csv",
         "plan.yaml",
+        "report.html",
     ]
     plan = load_plan(folder / "plan.yaml")
     assert plan.name == "llama3-8b-2xh100"
@@ -130,7 +131,11 @@ def test_schema_is_printed_as_json(plan_it):
         (("--model", "lama3-70b"), "llama3-70b"),
         (("--hardware", "h10"), "nearest: h100"),
         (("--workload", "chatt"), "chat"),
-        (("--effort", "full"), "only quick"),
+        (("--effort", "most"), "Invalid value for '--effort'"),
+        (("--objective", "speed"), "Invalid value for '--objective'"),
+        (("--rate", "-1"), "--rate -1: not a number of requests a second"),
+        (("--objective", "min-gpus"), "--objective min-gpus needs --rate"),
+        (("--kv-dtype", "int8"), "Invalid value for '--kv-dtype'"),
         (("--max-context", "lots"), "--max-context lots"),
         (("--max-context", "1"), "at least 2 tokens"),
         (("--ttft-slo", "fast"), "--ttft-slo fast"),
@@ -202,7 +207,7 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(plan_it, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("planner.search.search", interrupted)
+    monkeypatch.setattr("planner.answer.search", interrupted)
     status, _, err = plan_it(*SMALL)
     assert status == 130
     assert "interrupted" in err
@@ -294,7 +299,7 @@ def test_flags_that_do_not_go_with_a_plan_exit_with_2(plan_it, plan_file, flags)
 
 
 def test_an_unknown_policy_in_a_plan_exits_with_2_and_the_nearest(plan_it, plan_file):
-    edit(plan_file, "policy: lars", "policy: larz")
+    edit(plan_file, "policy: lars-lanes", "policy: larz")
     status, out, err = plan_it(plan_file)
     assert (status, out) == (2, "")
     assert "plan.yaml: scheduler.policy: " in err
@@ -363,9 +368,9 @@ def test_help_names_every_flag_of_the_contract():
         assert f"--{flag}" in text
 
 
-def test_planning_without_kernels_loads_neither_torch_nor_numpy():
+def test_planning_without_kernels_loads_no_torch():
     code = (
-        "import sys; sys.modules['torch'] = sys.modules['numpy'] = None;"
+        "import sys; sys.modules['torch'] = sys.modules['triton'] = None;"
         "from planner.cli_plan import main; main()"
     )
     root = Path(__file__).resolve().parents[2]

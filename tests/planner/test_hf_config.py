@@ -272,8 +272,9 @@ def test_a_window_that_cuts_nothing_changes_nothing(read, content):
 @pytest.mark.parametrize(
     ("content", "changed", "path", "rule"),
     [
-        (LLAMA31, {"model_type": "gpt2"}, "model_type", "supported: llama, mistral, qwen2, qwen3"),
-        (LLAMA31, {"model_type": ...}, "model_type", "supported: llama"),
+        (LLAMA31, {"model_type": "gpt2"}, "model_type",
+         "supported: deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"),
+        (LLAMA31, {"model_type": ...}, "model_type", "supported: deepseek_v3, llama"),
         (LLAMA31, {"architectures": ["LlamaModel"]}, "architectures", "no language model head"),
         (LLAMA31, {"hidden_act": "gelu"}, "hidden_act", "supported: silu"),
         (LLAMA31, {"attention_bias": True}, "attention_bias", "true is not supported"),

@@ -2,15 +2,21 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 from hypothesis import given, reject, settings
-from strategies_planner import tiny_topology, tiny_workload, worlds
+from hypothesis import strategies as st
+from strategies_planner import by_datasheet, tiny_topology, tiny_workload, worlds
 
+from planner import search as module
 from planner.assemble import evaluate, to_plan
 from planner.catalog import load_device, load_model, load_workload, topology_for
 from planner.cost import MARGIN
-from planner.search import NoPlan, price, round_up, search, smallest_fitting
+from planner.failure import NoPlan, round_down, round_up
+from planner.objective import score
+from planner.price import price
+from planner.search import search, smallest_fitting
 from planner.space import Candidate, check_tp, cut_layers
 from planner.world import make_world
 from plans.check import check_plan
@@ -21,10 +27,9 @@ from plans.plan import MadeBy
 MADE_BY = MadeBy(medha="0", effort="quick", seed=0, command="medha-plan")
 
 
-def brute_force(world):
-    """Score of the documented choice among all products of degrees, fewer replicas included."""
+def every_candidate(world):
+    """All products of degrees, fewer replicas included, in every page size and spread."""
     topology = world.topology
-    priced = []
     degrees = range(1, world.gpus + 1)
     for tp, spp, kvp, replicas in itertools.product(degrees, repeat=4):
         groups = topology.nodes * (topology.devices_per_node // tp)
@@ -37,12 +42,25 @@ def brute_force(world):
             replicas=replicas,
             idle=world.gpus - tp * spp * kvp * replicas,
         )
-        try:
-            check_tp(world.model, tp)
-            stages = cut_layers(world.model.layers, spp)
-            priced.append(price(world, Candidate(parallelism=parallelism, stages=stages)))
-        except Infeasible:
-            continue
+        for page, spread in itertools.product((64, 128), range(1, kvp + 1)):
+            try:
+                check_tp(world.model, tp)
+                yield price(
+                    world,
+                    Candidate(
+                        parallelism=parallelism,
+                        stages=cut_layers(world.model.layers, spp),
+                        page_tokens=page,
+                        spread=spread,
+                    ),
+                )
+            except Infeasible:
+                continue
+
+
+def brute_force(world, spreads):
+    """Score of the documented choice among all candidates of those spreads; None without any."""
+    priced = [one for one in every_candidate(world) if spreads(one.candidate)]
     target_s, idle_s = world.targets.tbt_s, world.scheduler.idle_budget_s
     quick = [one for one in priced if one.tbt_full_s * (1 + MARGIN) <= target_s]
     roomy = [one for one in quick if one.least_chunk_s * (1 + MARGIN) <= idle_s]
@@ -51,21 +69,74 @@ def brute_force(world):
         return None
     ttft = world.targets.ttft
     limit_s = max(ttft.multiplier * min(one.ttft_longest_s for one in group), ttft.floor_s)
-    return max(one.score for one in group if one.ttft_longest_s <= limit_s)
+    if world.objective == "latency":
+        limit_s = math.inf
+    return max(score(world, one) for one in group if one.ttft_longest_s <= limit_s)
 
 
-@settings(max_examples=30)
-@given(world=worlds())
-def test_search_equals_brute_force(world):
-    best = brute_force(world)
+def halved(candidate):
+    """Whether its groups are all of them, or half, a quarter, ... of them, as the search has it."""
+    wide = candidate.parallelism.kvp
+    while wide > max(candidate.groups, 1):
+        wide = (wide + 1) // 2
+    return wide == candidate.groups and (candidate.groups > 1 or candidate.parallelism.kvp == 1)
+
+
+@settings(max_examples=12)
+@given(world=worlds(), objective=st.sampled_from(["goodput", "latency"]))
+def test_search_equals_brute_force(world, objective):
+    world = dataclasses.replace(world, objective=objective)
+    best = brute_force(world, halved)
     if best is None:
         with pytest.raises(NoPlan):
             search(world)
     else:
-        assert search(world).ranked[0].score == best
+        assert score(world, search(world).ranked[0]) == best
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
+@given(world=worlds(), objective=st.sampled_from(["goodput", "latency"]))
+def test_pruning_changes_no_row_of_the_table(world, objective):
+    world = dataclasses.replace(world, objective=objective)
+    try:
+        whole = search(world)
+    except NoPlan:
+        reject()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "EXACT_SHAPES", 0)
+        patch.setattr(module, "TABLE", 3)
+        pruned = search(world)
+
+    def competing(found):
+        both = zip(found.ranked, found.verdicts, strict=True)
+        return [score(world, each) for each, why in both if not why][:3]
+
+    assert competing(pruned) == competing(whole)
+    assert all(row.reason and row.bound and row.best and row.branches for row in pruned.pruned)
+
+
+@settings(max_examples=12)
+@given(world=worlds())
+def test_every_shape_is_priced_or_stands_in_the_ledger_or_in_the_proof(world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "EXACT_SHAPES", 0)
+        patch.setattr(module, "TABLE", 1)
+        try:
+            found = search(world)
+        except NoPlan:
+            reject()
+    named = {each.candidate.parallelism for each in found.ranked}
+    labels = " ".join(row.label for row in found.ledger)
+    for root in module.candidates(world)[0]:
+        p = root.parallelism
+        covered = any(
+            row.label.startswith(f"tp {p.tp} x") and row.label.endswith(f"kvp {p.kvp}")
+            for row in found.pruned
+        )
+        assert p in named or root.label in labels or covered
+
+
+@settings(max_examples=20)
 @given(world=worlds())
 def test_every_feasible_candidate_becomes_a_plan_that_passes_every_check(world):
     try:
@@ -80,7 +151,7 @@ def test_every_feasible_candidate_becomes_a_plan_that_passes_every_check(world):
             assert any("idle" in note for note in plan.predicted.notes)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(world=worlds())
 def test_every_candidate_is_ranked_or_rejected_with_both_sides(world):
     try:
@@ -98,7 +169,7 @@ def test_every_candidate_is_ranked_or_rejected_with_both_sides(world):
     assert not set(labels) & {row.label for row in rows}
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(world=worlds())
 def test_the_nearest_value_of_an_impossible_target_is_possible(world):
     for field, flag in (("ttft_slo_s", "--ttft-slo"), ("tbt_slo_s", "--tbt-slo")):
@@ -118,6 +189,11 @@ def test_round_up_gives_three_digits_and_never_less():
     assert round_up(0.5) == 0.5
 
 
+def test_round_down_gives_three_digits_and_never_more():
+    assert round_down(0.0123492) == 0.0123
+    assert round_down(0.5) == 0.5
+
+
 # --- choices that an expert would make ----------------------------------------------------------
 
 
@@ -125,7 +201,7 @@ def world_of(model, gpus, *, hardware="h100", workload="paper-mix-5", **changes)
     device = load_device(hardware)
     return make_world(
         model=load_model(model),
-        device=device,
+        device=by_datasheet(device),
         topology=topology_for(device, gpus),
         workload=load_workload(workload),
         **changes,

@@ -12,8 +12,9 @@ from plans.codec import dump_file
 from plans.errors import InvalidFile
 from plans.mesh import Parallelism
 from plans.model import RopeScaling
-from plans.plan import Kernel, Plan
+from plans.plan import Kernel, Percentiles, Plan, Replay
 from plans.steptime import Knot
+from plans.topology import Fabric, Link, Network, Part, Wires
 from plans.workload import ClassTargets
 
 GROUPED = Parallelism(tp=2, spp=2, kvp=2, idle=2)
@@ -56,6 +57,37 @@ def with_class(plan: Plan, **fields) -> Plan:
     return changed(plan, "workload", classes=(first, *others))
 
 
+RISING = Percentiles(p50=0.1, p90=0.2, p99=0.2, max=None)
+FALLING = Percentiles(p50=0.1, p90=None, p99=0.2, max=None)
+
+
+def replayed(plan: Plan, *, at: str = "replay", **fields) -> Plan:
+    """The plan with a replay that keeps every rule, but for fields of it or of the plan."""
+    point = Replay(
+        policy="lars",
+        seed=0,
+        arrival_rps=2.0,
+        duration_s=100.0,
+        requests=200,
+        finished=190,
+        undecided=10,
+        steps=5000,
+        utilisation=0.8,
+        arrivals_per_s=2.0,
+        in_system_mean=12.0,
+        time_in_system_mean_s=6.0,
+        attainment=0.5,
+        goodput_rps=1.0,
+        ttft_s={"all": RISING},
+        tbt_s={"all": RISING},
+    )
+    if at == "replay":
+        point = msgspec.structs.replace(point, **fields)
+        fields = {}
+    fields = {"replay": point, "goodput_rps": point.goodput_rps} | fields
+    return changed(plan, "predicted", **fields)
+
+
 def swapped(plan: Plan, one: int, two: int) -> Plan:
     """The plan with two ranks on each other's device."""
     places = list(plan.placement.rank_map)
@@ -70,11 +102,30 @@ def stretched(plan: Plan, **fields) -> Plan:
     return changed(plan, "model.rope", scaling=msgspec.structs.replace(scaling, **fields))
 
 
+def with_fabric(plan: Plan, *, links: tuple[Link, ...] = (), **fields) -> Plan:
+    """The plan on five devices a node at one switch, with fields of the fabric replaced."""
+    inside, between = plan.topology.links
+    joins = (("nic", "switch"), *((f"gpu{each}", "switch") for each in range(5)))
+    parts = (Part(name="switch", kind="pcie-switch"), Part(name="nic", kind="nic"))
+    fabric = Fabric(
+        parts=parts,
+        wires=(Wires(link=inside, joins=joins),),
+        network=Network(nodes_per_leaf=2, rails=False, leaf=between),
+    )
+    fabric = msgspec.structs.replace(fabric, **fields)
+    return changed(plan, "topology", links=links, fabric=fabric)
+
+
 MUTATIONS: dict[str, list[tuple[str, Callable[[Plan], Plan]]]] = {
     "types": [
         ("parallelism.tp", lambda plan: changed(plan, "parallelism", tp=0)),
         ("kv.page_tokens", lambda plan: changed(plan, "kv", page_tokens=17)),
         ("predicted.error_band", lambda plan: changed(plan, "predicted", error_band=float("nan"))),
+    ],
+    "fabric": [
+        ("topology.links", lambda plan: with_fabric(plan, links=plan.topology.links[:1])),
+        ("topology.fabric.wires", lambda plan: with_fabric(plan, wires=())),
+        ("topology.fabric.network", lambda plan: with_fabric(plan, network=None)),
     ],
     "devices": [
         ("parallelism", lambda plan: changed(plan, "parallelism", replicas=2)),
@@ -189,6 +240,18 @@ MUTATIONS: dict[str, list[tuple[str, Callable[[Plan], Plan]]]] = {
         ('predicted.provenance["gemm"]',
          lambda plan: changed(plan, "predicted", provenance={"gemm": "guessed"})),
     ],
+    "replay": [
+        ("predicted.goodput_rps", lambda plan: changed(plan, "predicted", goodput_rps=1.0)),
+        ("predicted.goodput_rps", lambda plan: replayed(plan, at="plan", goodput_rps=0.5)),
+        ("predicted.replay.utilisation", lambda plan: replayed(plan, utilisation=1.1)),
+        ("predicted.replay.least_slowdown", lambda plan: replayed(plan, least_slowdown=0.24)),
+        ("predicted.replay.attainment", lambda plan: replayed(plan, attainment=-0.1)),
+        ("predicted.replay.goodput_rps", lambda plan: replayed(plan, goodput_rps=2.5)),
+        ("predicted.replay.in_system_mean", lambda plan: replayed(plan, in_system_mean=12.2)),
+        ("predicted.replay.in_system_mean", lambda plan: replayed(plan, arrivals_per_s=1.9)),
+        ("predicted.replay.ttft_s.all", lambda plan: replayed(plan, ttft_s={"all": FALLING})),
+        ("predicted.replay.tbt_s.all", lambda plan: replayed(plan, tbt_s={"all": FALLING})),
+    ],
     "predicted-bounds": [
         ('predicted.ttft_s["256"]', lambda plan: changed(plan, "predicted", ttft_s={"256": 0.003})),
         ('predicted.tbt_s["8"]', lambda plan: changed(plan, "predicted", tbt_s={"8": 0.001})),
@@ -219,12 +282,20 @@ def test_broken_invariant_is_caught_by_its_check_alone(name, path, mutate):
     assert path in [each.path for each in found]
 
 
+def test_a_fabric_that_joins_all_is_valid():
+    assert failures(with_fabric(grouped_plan())) == []
+
+
 def test_device_count_prints_every_term():
     plan = changed(grouped_plan(), "topology", nodes=3)
     assert failures(plan)[0].message == (
         "tp 2 x spp 2 x kvp 2 x replicas 1 + idle 2 = 10 devices, the topology has nodes 3 x "
         "devices_per_node 5 = 15"
     )
+
+
+def test_a_replay_that_adds_up_is_valid():
+    assert failures(replayed(grouped_plan())) == []
 
 
 def test_minimum_chunk_may_exceed_the_budget():

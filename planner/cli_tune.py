@@ -1,0 +1,405 @@
+"""medha-tune: tunes the kernels and profiles the device of this machine, for the planner's catalog.
+
+Everything is said before it starts: what, on which device, how long at most. Results are files of
+the catalog's own form below --out, tuned/<device>/<op>.yaml and profiles/<device>/<table>.csv;
+--install copies them into the catalog, where the next plan finds them.
+"""
+
+import datetime as dt
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plans.errors import MedhaError, UsageError
+from runtime.interrupts import INTERRUPTED, loading
+
+if TYPE_CHECKING:
+    from codegen.tune import Outcome
+    from planner.profile import Point, Taken
+    from planner.profiles import About
+
+DEFAULT_OUT = Path("medha-tuned")
+LIMIT_S = 300.0
+HEAT_S = 0.1
+"""Of work before what power limits is timed."""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def tune(
+    *,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Tune the kernels' parameters.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure the terms of step times.")
+    ] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = DEFAULT_OUT,
+    install: Annotated[
+        bool, typer.Option("--install", help="Copy the results into the planner's catalog.")
+    ] = False,
+    effort: Annotated[
+        str, typer.Option(help="Of --kernels: none, quick or full; --dry-run explains them.")
+    ] = "quick",
+    op: Annotated[
+        str, typer.Option(metavar="OP,...", help="Tune these ops only. [default: all]")
+    ] = "",
+    table: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Profile these tables only. [default: all]")
+    ] = "",
+    limit_s: Annotated[
+        float, typer.Option(help="Seconds for --profile; what is left is measured the next time.")
+    ] = LIMIT_S,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be done; needs no GPU.")
+    ] = False,
+) -> None:
+    """Autotunes emitted kernels and profiles the device; both where neither flag is given."""
+    try:
+        both = not kernels and not profile
+        with loading():
+            from codegen.tune import EFFORTS
+
+        if effort not in EFFORTS:
+            raise UsageError(f"--effort {effort}: one of {', '.join(EFFORTS)}")
+        ops, tables = (text.split(",") if text else [] for text in (op, table))
+        _check_tables(tables)
+        if dry_run:
+            _list(kernels or both, profile or both, effort, ops, tables)
+            return
+        device = _device()
+        if kernels or both:
+            _tune(device, out, effort, ops, install=install)
+        if profile or both:
+            _profile(device, out, tables, limit_s, install=install)
+        if not install:
+            print(f"not installed: {out} holds the files; --install copies them into the catalog")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _check_tables(tables: Sequence[str]) -> None:
+    from planner.profile import TABLES
+    from plans.errors import UnknownName
+
+    for name in tables:
+        if name not in {*TABLES, "links"}:
+            raise UnknownName("table", name, (*TABLES, "links"))
+
+
+def _list(
+    kernels: bool, profile: bool, effort: str, ops: Sequence[str], tables: Sequence[str]
+) -> None:
+    """What would be done, without a device."""
+    from collections import Counter
+
+    from codegen.tune import EFFORTS, jobs, space
+    from planner.profile import TABLES, link_points, points
+
+    if kernels:
+        found, left = jobs(ops)
+        for name, text in EFFORTS.items():
+            print(f"--effort {name}: {text}{' (chosen)' if name == effort else ''}")
+        for job in found:
+            print(f"kernel {job.title}: {len(space(job))} candidates")
+        for line in left:
+            print(f"not tuned: {line}")
+    if profile:
+        chosen = [each for each in tables or TABLES if each != "links"]
+        wanted = [*points(chosen, fused=_fused()), *link_points(2)]
+        counts = Counter((point.table, point.role) for point in wanted)
+        for table in dict.fromkeys(point.table for point in wanted):
+            fit, check = counts[table, "fit"], counts[table, "check"]
+            where = "; only where there are 2 or more GPUs" if table == "links" else ""
+            print(f"profile {table}: {fit} points, {check} more as checks{where}")
+
+
+def _device() -> dict[str, str]:
+    """This machine's device, in words that records carry; raises MedhaError where there is none."""
+    from codegen.machine import machine
+    from planner.profiles import catalog_device
+
+    found = machine()
+    if found is None:
+        raise MedhaError(
+            "no CUDA device is visible here; medha-tune measures the device it runs on;"
+            " nearest: medha-tune --dry-run lists what it would do"
+        )
+    catalog = catalog_device(found.name, found.memory_bytes)
+    if catalog is None:
+        print(
+            f"{found.name} is not in the catalog; planner/catalog/devices needs its YAML before a"
+            " plan can use what is measured",
+            file=sys.stderr,
+        )
+    return {
+        "catalog": catalog or "-".join(found.name.lower().split()),
+        "name": found.name,
+        "capability": found.compute_capability,
+        "driver": found.driver,
+        "torch": found.torch,
+        "triton": found.triton,
+        "count": str(found.devices),
+        "made": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+        "command": shlex.join(["medha-tune", *_without_paths(sys.argv[1:])]),
+    }
+
+
+def _without_paths(argv: Sequence[str]) -> list[str]:
+    """Flags as a record keeps them: where the results went says nothing about them."""
+    found = list(argv)
+    while "--out" in found:
+        at = found.index("--out")
+        del found[at : at + 2]
+    return [each for each in found if not each.startswith("--out=")]
+
+
+@contextmanager
+def _progress(what: str, count: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; the function moves it on and says what comes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=count)
+
+        def moved(text: str) -> None:
+            progress.update(task, advance=1, description=text)
+
+        yield moved
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+def _tune(
+    device: dict[str, str], out: Path, effort: Any, ops: Sequence[str], *, install: bool
+) -> None:
+    from codegen.clock import GraphClock
+    from codegen.machine import first_device
+    from codegen.problems import rates, release
+    from codegen.tune import Gate, jobs, run
+    from planner.tuned import TUNED
+
+    where = first_device()
+    found, left = jobs(ops)
+    for line in left:
+        print(f"not tuned: {line}", file=sys.stderr)
+    outcomes: list[Outcome] = []
+    failed = []
+    gate = Gate(workers=max((os.cpu_count() or 2) - 1, 1))
+    folder = out / "tuned" / device["catalog"]
+    with _progress("kernels", len(found)) as moved:
+        gate.prepare(found, effort)
+        reached = rates(where.device)
+        for job in found:
+            moved(job.title)
+            try:
+                one = run(job, where, GraphClock(), effort=effort, rates=reached, gate=gate)
+                outcomes.append(one)
+                _write_records(folder, device, effort, [one])
+            except (MedhaError, RuntimeError) as error:
+                failed.append(f"{job.title}: {error}")
+            release()
+    for line in _kernel_lines(outcomes, reached):
+        print(line)
+    if install and outcomes:
+        _install(folder, TUNED / device["catalog"])
+    if failed:
+        raise MedhaError("\n".join(("some kernels could not be tuned:", *failed)))
+
+
+def _write_records(
+    folder: Path, device: dict[str, str], effort: str, outcomes: "Sequence[Outcome]"
+) -> None:
+    """One file an op; buckets of other shapes in a file of the same source stay."""
+    from codegen.tune import source_sha256
+    from planner.tuned import load_records
+    from plans.codec import dump_file
+    from plans.tuned import Tuned
+
+    folder.mkdir(parents=True, exist_ok=True)
+    before = load_records(folder.name, folder.parent)
+    for op in dict.fromkeys(each.job.op for each in outcomes):
+        source = source_sha256(op)
+        old = before.get(op)
+        kept = old.buckets if old and old.source_sha256 == source else ()
+        buckets = {(each.regime, tuple(sorted(each.when.items()))): each for each in kept}
+        for each in outcomes:
+            if each.job.op == op:
+                when = tuple(sorted(each.bucket.when.items()))
+                buckets[each.bucket.regime, when] = each.bucket
+        record = Tuned(
+            op=op,
+            device=device["name"],
+            compute_capability=device["capability"],
+            driver=device["driver"],
+            torch=device["torch"],
+            triton=device["triton"],
+            source_sha256=source,
+            effort=effort,
+            made=device["made"],
+            command=device["command"],
+            buckets=tuple(bucket for _, bucket in sorted(buckets.items())),
+        )
+        dump_file(folder / f"{op}.yaml", record)
+
+
+def _kernel_lines(outcomes: "Sequence[Outcome]", rates: tuple[float, float]) -> list[str]:
+    lines = [f"reached here: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s"]
+    for each in outcomes:
+        bucket = each.bucket
+        gain = bucket.default_us / bucket.us
+        share = bucket.floor_us / bucket.us
+        params = ", ".join(f"{name}={value}" for name, value in bucket.params.items())
+        lines.append(
+            f"{each.job.title}: {bucket.us:.2f} us, {share:.0%} of the floor's rate,"
+            f" {gain:.3f} x the default; {params}; {len(each.rejected)} rejected"
+        )
+    return lines
+
+
+# --- profile ------------------------------------------------------------------------------------
+
+
+def _profile(
+    device: dict[str, str], out: Path, tables: Sequence[str], limit_s: float, *, install: bool
+) -> None:
+    from codegen.clock import GraphClock
+    from codegen.machine import first_device
+    from codegen.meter import Meter
+    from codegen.problems import release
+    from planner.profile import TABLES, points, take
+    from planner.profiles import PROFILES, read_profile
+
+    folder = out / "profiles" / device["catalog"]
+    about = _about(device, folder)
+    meter = Meter(
+        first_device(),
+        GraphClock(rounds=7, most_s=0.1),
+        GraphClock(rounds=7, most_s=0.1, heat_s=HEAT_S),
+    )
+
+    def measure(point: "Point") -> tuple[float, float]:
+        timing = meter(point.table, point.named())
+        return timing.us, timing.spread_us
+
+    wanted = points([each for each in tables or TABLES if each != "links"], fused=_fused())
+    print(f"{len(wanted)} points on {device['name']}, at most {limit_s:.0f} s", file=sys.stderr)
+    with _progress("profile", len(wanted)) as moved:
+        taken = take(
+            wanted,
+            measure,
+            folder,
+            about,
+            limit_s=limit_s,
+            note=lambda point: moved(f"{point.table} {point.key}"),
+        )
+    release()
+    _say("profile", taken)
+    if (count := int(device["count"])) > 1 and (not tables or "links" in tables):
+        _links(folder, about, count)
+    for line in read_profile(folder).ranges():
+        print(line)
+    if install:
+        _install(folder, PROFILES / device["catalog"])
+
+
+def _fused() -> tuple[str, ...]:
+    """Products with an epilogue that codegen has today."""
+    from codegen.kernels import KERNELS
+    from planner.profile import FUSED
+
+    return tuple(op for op in FUSED if op in KERNELS)
+
+
+def _about(device: dict[str, str], folder: Path) -> "About":
+    """What the profile is measured on; raises UsageError where the folder is of something else."""
+    from codegen.kernels import KERNELS, load_spec
+    from codegen.tune import source_sha256
+    from planner.profiles import ABOUT, About
+    from plans.codec import load_file
+
+    about = About(
+        device=device["name"],
+        driver=device["driver"],
+        torch=device["torch"],
+        triton=device["triton"],
+        made=device["made"],
+        command=device["command"],
+        kernels={op: source_sha256(op) for op in KERNELS if load_spec(op).params},
+    )
+    if (folder / ABOUT).exists():
+        before = load_file(folder / ABOUT, About)
+        for field in ("device", "torch", "triton", "kernels"):
+            if getattr(before, field) != getattr(about, field):
+                raise UsageError(
+                    f"{folder} holds a profile of another {field}; nearest: --out with a new folder"
+                )
+    return about
+
+
+def _links(folder: Path, about: "About", devices: int) -> None:
+    from codegen.links import measure_links
+    from planner.profile import link_points, take
+
+    wanted = [point for count in sorted({2, devices}) for point in link_points(count)]
+    wanted = list(dict.fromkeys(wanted))
+    found: dict[tuple[int, str, int], Any] = {}
+    for count in sorted({2, devices}):
+        rows = [(str(p.key[0]), int(p.key[2])) for p in wanted if p.key[1] == count]
+        for (op, size), timing in measure_links(rows, count).items():
+            found[count, op, size] = timing
+
+    def measure(point: "Point") -> tuple[float, float]:
+        op, count, size = point.key
+        timing = found[int(count), str(op), int(size)]
+        return timing.us, timing.spread_us
+
+    _say("links", take(wanted, measure, folder, about, limit_s=LIMIT_S))
+
+
+def _say(what: str, taken: "Taken") -> None:
+    print(f"{what}: {taken.measured} measured, {taken.kept} there already", file=sys.stderr)
+    for line in taken.failed:
+        print(f"failed: {line}", file=sys.stderr)
+    if taken.left:
+        print(
+            f"{taken.left} points left for lack of time: the same command goes on", file=sys.stderr
+        )
+
+
+def _install(folder: Path, target: Path) -> None:
+    """Copies files over the catalog's."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        shutil.copyfile(path, target / path.name)
+    print(f"installed {folder} as {target}")
+
+
+def main() -> None:
+    """Entry point: errors a user can meet become one message and their exit status."""
+    try:
+        app()
+    except MedhaError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""Coefficients of the step-time formula from a device's profile, and how far they can be trusted.
+
+A layer is the sum of its ops as codegen lowers them, each read from planner/fits.py at this rank's
+shapes; products with an epilogue count where the profile has them. What a profile does not hold, or
+only too far away, keeps the roofline's coefficient, is called `formula`, and is noted.
+
+    matmul(T)   products + row-wise ops + what a layer's attention takes besides pairs and keys;
+                up to GRAPH_TOKENS at least a layer's share of the host's time for the next step,
+                which is prepared while this one runs; above it, where steps have chunks, at least
+                the launches between recorded pieces, and a share of the host's time on top, since
+                the device waits for a chunk's work list
+    overhead    the work list that a recorded step makes on the device
+
+The error band is that of the terms, each the 90th percentile of its errors on rows that were never
+fitted, weighted by its share of two typical steps: no error is taken to cancel another.
+"""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+from msgspec import structs
+
+from planner.estimates import MEASURED, Estimate, Origin, OutOfRange
+from planner.fit_attention import ChunkTime, DecodeTime
+from planner.fits import Fits, LinkTime, fit_links, fits_of
+from planner.memory import local_kv_heads
+from planner.profiles import Profile, load_profile
+from planner.residuals import residuals
+from planner.world import World
+from plans.mesh import Parallelism
+from plans.steptime import Knot, StepTime, table_s
+from plans.topology import Link
+
+GRAPH_TOKENS = 256
+"""Steps of more tokens have chunks; smaller ones are taken for decodes, which are one recorded
+launch up to this size (runtime/parallel/graphs.py)."""
+DTYPES = ("bf16", "fp16")
+"""Of weights and cache, for which a profile of bf16 holds."""
+ALL_REDUCES = 2
+"""Collectives of a layer: after the attention output and after the MLP."""
+FORMULA_ERROR = 0.3
+"""Of a term without a measurement: a roofline with assumed efficiencies."""
+FORMULA_MARGIN = 0.1
+"""What the packer adds to such a term."""
+LEAST_ERROR = 0.02
+"""Repeated measurements of one kernel differ by as much (bench/results)."""
+TYPICAL_STEPS: tuple[tuple[tuple[tuple[int, int], ...], tuple[int, ...]], ...] = (
+    (((2048, 8192),), ()),
+    ((), (8192,) * 16),
+)
+"""Chunks and decodes of the steps by whose parts the terms' errors are weighted."""
+TERMS = ("matmul", "attention", "collectives", "merge", "hop", "head", "overhead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """The slowest link of each axis; None where the axis has one rank."""
+
+    tp: Link | None = None
+    kvp: Link | None = None
+    spp: Link | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A step time, and what it rests on."""
+
+    time: StepTime
+    provenance: dict[str, str]
+    error_band: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class _Terms:
+    """Origins of what was read, by term, and why a term was not."""
+
+    origins: dict[str, Origin] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def took(self, term: str, origin: Origin) -> None:
+        """Keeps the weakest origin of a term."""
+        self.origins[term] = max(self.origins.get(term, MEASURED), origin)
+
+    def read(self, term: str, estimate: Estimate) -> float:
+        """Seconds, their origin kept."""
+        self.took(term, estimate.origin)
+        return estimate.seconds
+
+
+def usable(world: World) -> bool:
+    """Whether a profile of dense models in bf16 speaks of this one."""
+    model = world.model
+    plain = model.experts is None and model.latent is None
+    return plain and model.weight_dtype in DTYPES and world.kv_dtype in DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A profile, its fits, and the error of each term."""
+
+    profile: Profile
+    fits: Fits
+    errors: dict[str, float]
+    """90th percentile of how far a prediction is off, by term."""
+    short: dict[str, float]
+    """The same of how much longer the work took, which is what a packer fears."""
+    layers: dict[Any, tuple[tuple[Knot, ...], Origin]] = field(default_factory=dict)
+    """Tables of layers by what they depend on: a search asks for the same few again and again."""
+
+
+@cache
+def prepared(device: str) -> Prepared | None:
+    """Of a device of the catalog, or None where it was never measured."""
+    profile = load_profile(device)
+    return prepare(profile) if profile else None
+
+
+def prepare(profile: Profile) -> Prepared:
+    """Fits a profile and looks at what it was not fitted to."""
+    fits = fits_of(profile)
+    errors, short = {}, {}
+    for term, found in residuals(profile, fits).items():
+        off = np.array([each.weighed for each in found])
+        if len(off):
+            errors[term] = max(float(np.quantile(np.abs(off), 0.9)), LEAST_ERROR)
+            short[term] = max(float(np.quantile(-off, 0.9)), LEAST_ERROR)
+    for row in profile.rows("step"):
+        if row.key == ("decode_list",):
+            errors["overhead"] = short["overhead"] = max(row.spread_us / row.us, LEAST_ERROR)
+    return Prepared(profile=profile, fits=fits, errors=errors, short=short)
+
+
+# --- a rank's step --------------------------------------------------------------------------------
+
+
+def measured(
+    ready: Prepared, world: World, parallelism: Parallelism, base: StepTime, links: Links
+) -> Measured:
+    """The step time of a candidate, its roofline `base` where nothing was measured.
+
+    links  of each axis, None where the axis has one rank
+    """
+    terms = _Terms()
+    rank = _Shapes(world, parallelism)
+    changes: dict[str, Any] = {}
+    parts: Sequence[tuple[str, Callable[[], dict[str, Any]]]] = (
+        ("attention", lambda: _attention(ready, world, rank, terms)),
+        ("matmul", lambda: {"matmul": _layer(ready, world, rank, terms)}),
+        ("head", lambda: {"head": _head(ready, world, rank, links.tp, terms)}),
+        ("collectives", lambda: _collectives(ready, rank, links.tp, terms)),
+        ("merge", lambda: _merge(ready, rank, links.kvp, terms)),
+        ("hop", lambda: _hop(ready, rank, links.spp, terms)),
+        ("overhead", lambda: _overhead(ready, terms)),
+    )
+    for term, part in parts:
+        try:
+            changes |= part()
+        except OutOfRange as error:
+            terms.origins.pop(term, None)
+            terms.refused[term] = str(error)
+    time = structs.replace(base, source="profile", **changes)
+    band = _weighted(time, terms, ready.errors, FORMULA_ERROR)
+    margin = _weighted(time, terms, ready.short, FORMULA_MARGIN)
+    return Measured(
+        time=structs.replace(time, margin=round(margin, 4)),
+        provenance={
+            term: str(terms.origins[term]) if term in terms.origins else "formula" for term in TERMS
+        },
+        error_band=round(band, 4),
+        notes=tuple(f"{term} by formula: {why}" for term, why in terms.refused.items()),
+    )
+
+
+class _Shapes:
+    """What one rank computes and sends."""
+
+    def __init__(self, world: World, parallelism: Parallelism) -> None:
+        model, tp = world.model, parallelism.tp
+        self.tp = tp
+        self.stage_layers = model.layers / parallelism.spp
+        self.model = model
+        self.hidden = model.hidden
+        self.head_dim = model.head_dim
+        self.heads = model.heads // tp
+        self.kv_heads = local_kv_heads(model, tp)
+        self.ffn = model.ffn // tp
+        self.size = 2  # bytes of a bf16 or fp16 number
+        self.sizes = (
+            *(tp, self.stage_layers, self.hidden, self.ffn),
+            *(self.head_dim, self.heads, self.kv_heads, model.qk_norm),
+        )
+
+    def products(self, ops: Container[str]) -> list[tuple[str, int, int]]:
+        """(op, n, k) of a layer; with its epilogue where `ops` has it."""
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
+        wide = self.heads * self.head_dim
+        return [
+            ("qkv_rope_write" if "qkv_rope_write" in ops else "linear", qkv, self.hidden),
+            ("linear", self.hidden, wide),
+            ("gate_up_silu" if "gate_up_silu" in ops else "linear", 2 * self.ffn, self.hidden),
+            ("linear", self.hidden, self.ffn),
+        ]
+
+    def rows(self, ops: Container[str]) -> list[tuple[str, int, int]]:
+        """(op, width, rows of a token) of a layer, without what `ops` does in a product."""
+        found = [("add_rms_norm", self.hidden, 2)]
+        if "qkv_rope_write" not in ops:
+            found += [("rope", self.heads * self.head_dim, 1), ("rope", self.key_width, 1)]
+            found.append(("kv_write", self.key_width, 1))
+            if self.model.qk_norm:
+                found += [("rms_norm", self.head_dim, n) for n in (self.heads, self.kv_heads)]
+        if "gate_up_silu" not in ops:
+            found.append(("silu_mul", self.ffn, 1))
+        return found
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of a token's keys."""
+        return self.kv_heads * self.head_dim
+
+
+def _attention(ready: Prepared, world: World, rank: _Shapes, terms: _Terms) -> dict[str, float]:
+    """Coefficients of pairs and keys; what is left is part of the layer's table."""
+    chunk, decode = _attention_fits(ready, world, rank, terms)
+    return {
+        "pair_s": chunk.pair_s,
+        "key_s": chunk.key_s,
+        "decode_key_s": decode.key_s,
+        "decode_sequence_s": decode.sequence_s,
+    }
+
+
+def _attention_fits(
+    ready: Prepared, world: World, rank: _Shapes, terms: _Terms
+) -> tuple[ChunkTime, DecodeTime]:
+    if ready.fits.attention is None:
+        raise OutOfRange("attention", "any", "nothing", np.inf)
+    heads, context = (rank.heads, rank.kv_heads, rank.head_dim), world.limits.context_tokens
+    chunk, origin = ready.fits.attention.chunk(heads, context)
+    terms.took("attention", origin)
+    decode, origin = ready.fits.attention.decode(heads, context)
+    terms.took("attention", origin)
+    return chunk, decode
+
+
+def _layer(ready: Prepared, world: World, rank: _Shapes, terms: _Terms) -> tuple[Knot, ...]:
+    fits = ready.fits
+    if fits.products is None or fits.row_wise is None:
+        raise OutOfRange("matmul", "any", "nothing", np.inf)
+    products, row_wise, ops = fits.products, fits.row_wise, fits.products.ops
+    most = world.scheduler.max_step_tokens
+    key = (*rank.sizes, most, world.limits.context_tokens)
+    if key in ready.layers:
+        knots, origin = ready.layers[key]
+        terms.took("matmul", origin)
+        return knots
+    try:
+        chunk, decode = _attention_fits(ready, world, rank, _Terms())
+    except OutOfRange:  # noted by the attention term
+        chunk, decode = ChunkTime((1,), (0.0,), 0.0, 0.0), DecodeTime(0.0, 0.0, 0.0)
+    host = _Host(ready.profile, rank.stage_layers)
+
+    def seconds(tokens: int) -> float:
+        total_s = sum(
+            terms.read("matmul", products.read(op, n, k, tokens)) for op, n, k in rank.products(ops)
+        )
+        total_s += sum(
+            (count if op == "add_rms_norm" else 1)
+            * terms.read(
+                "matmul",
+                row_wise.read(op, width, tokens if op == "add_rms_norm" else tokens * count),
+            )
+            for op, width, count in rank.rows(ops)
+        )
+        start_s = chunk.start(tokens) if tokens >= chunk.at[0] else 0.0
+        total_s += max(decode.start_s, start_s)
+        if tokens > GRAPH_TOKENS:
+            return max(total_s, host.launch_s) + host.chunk_s
+        return max(total_s, host.step_s)
+
+    knots = _table(most, seconds, (GRAPH_TOKENS, GRAPH_TOKENS + 1))
+    ready.layers[key] = knots, terms.origins["matmul"]
+    return knots
+
+
+class _Host:
+    """The host's time in a step, as a share of each layer of a stage."""
+
+    def __init__(self, profile: Profile, layers: float) -> None:
+        """What was not measured counts nothing."""
+
+        def part(what: str) -> float:
+            return (profile.step_us(what) or 0.0) * 1e-6
+
+        self.step_s = part("host_step") / layers
+        self.chunk_s = (part("host_step") + part("chunk_list")) / layers
+        self.launch_s = part("eager paged_attention") + part("graph_launch")
+
+
+def _head(
+    ready: Prepared, world: World, rank: _Shapes, link: Link | None, terms: _Terms
+) -> tuple[Knot, ...]:
+    """Last norm, projection, logits gathered, and a token drawn from each row."""
+    fits, vocab = ready.fits, world.model.vocab
+    if fits.products is None or fits.row_wise is None or fits.sampling is None:
+        raise OutOfRange("head", "any", "nothing", np.inf)
+    products, row_wise, sampling = fits.products, fits.row_wise, fits.sampling
+    gather = _link(ready, "all_gather", rank.tp, link) if rank.tp > 1 else None
+    if gather:
+        terms.took("head", gather.origin)
+
+    def seconds(rows: int) -> float:
+        total_s = terms.read("head", products.read("linear", vocab // rank.tp, rank.hidden, rows))
+        total_s += terms.read("head", row_wise.read("add_rms_norm", rank.hidden, rows))
+        total_s += terms.read("head", sampling.read("sampling", vocab, rows))
+        if gather:
+            total_s += gather.latency_s + 4 * rows * vocab / rank.tp * gather.byte_s
+        return total_s
+
+    return _table(world.limits.sequences, seconds)
+
+
+def _table(
+    most: int, seconds: Callable[[int], float], more: Sequence[int] = ()
+) -> tuple[Knot, ...]:
+    """Knots at powers of two and between them, the last at or past `most`; never falling."""
+    rows = {1 << power for power in range((most - 1).bit_length() + 1)}
+    rows |= {3 * row // 2 for row in rows if row > 1 and row < most}
+    rows |= {row for row in more if row < most}
+    found, last_s = [], 0.0
+    for row in sorted(rows):
+        last_s = max(last_s, seconds(row))
+        found.append(Knot(at=row, seconds=last_s))
+    return tuple(found)
+
+
+# --- links and host -------------------------------------------------------------------------------
+
+
+def _link(ready: Prepared, op: str, devices: int, link: Link | None) -> LinkTime:
+    """A collective over NVLink; raises OutOfRange for other links, which no profile measures."""
+    if link is None or link.kind != "nvlink":
+        kind = "no link" if link is None else link.kind
+        raise OutOfRange(op, kind, "nvlink", np.inf)
+    found = fit_links(ready.fits.links, op, devices)
+    if found is None:
+        raise OutOfRange(op, f"{devices} devices", "nothing", np.inf)
+    return found
+
+
+def _collectives(
+    ready: Prepared, rank: _Shapes, link: Link | None, terms: _Terms
+) -> dict[str, float]:
+    if rank.tp == 1:
+        return {}
+    found = _link(ready, "all_reduce", rank.tp, link)
+    terms.took("collectives", found.origin)
+    row = rank.hidden * rank.size
+    return {
+        "comm_latency_s": ALL_REDUCES * found.latency_s,
+        "comm_token_s": ALL_REDUCES * row * found.byte_s,
+    }
+
+
+def _merge(ready: Prepared, rank: _Shapes, link: Link | None, terms: _Terms) -> dict[str, float]:
+    """Partial results of a token's heads go to every other group."""
+    if link is None:
+        return {}
+    found = _link(ready, "all_gather", 2, link)
+    terms.took("merge", found.origin)
+    row = rank.heads * (rank.head_dim * rank.size + 4)
+    return {"merge_latency_s": found.latency_s, "merge_token_s": row * found.byte_s}
+
+
+def _hop(ready: Prepared, rank: _Shapes, link: Link | None, terms: _Terms) -> dict[str, float]:
+    if link is None:
+        return {}
+    found = _link(ready, "send_recv", 2, link)
+    terms.took("hop", found.origin)
+    return {
+        "hop_latency_s": found.latency_s,
+        "hop_token_s": rank.hidden * rank.size * found.byte_s,
+    }
+
+
+def _overhead(ready: Prepared, terms: _Terms) -> dict[str, float]:
+    list_us = ready.profile.step_us("decode_list")
+    if list_us is None:
+        raise OutOfRange("overhead", "decode_list", "nothing", np.inf)
+    terms.took("overhead", MEASURED)
+    return {"overhead_s": list_us * 1e-6}
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def _weighted(time: StepTime, terms: _Terms, errors: Mapping[str, float], formula: float) -> float:
+    """The largest mean of the terms' errors over the typical steps, by their shares of the time.
+
+    formula  the error of a term that was not measured, or of which nothing was held out
+    """
+    of = {term: errors.get(term, formula) for term in terms.origins}
+    found = []
+    for chunks, decodes in TYPICAL_STEPS:
+        tokens = sum(each for each, _ in chunks) + len(decodes)
+        layers = sum(time.stage_layers)
+        parts = {
+            "overhead": time.overhead_s * time.stages,
+            "matmul": layers * table_s(time.matmul, tokens),
+            "collectives": layers * (time.comm_latency_s + tokens * time.comm_token_s),
+            "hop": (time.stages - 1) * (time.hop_latency_s + tokens * time.hop_token_s),
+            "head": table_s(time.head, len(chunks) + len(decodes)),
+        }
+        whole_s = time.step_s(chunks, decodes)
+        parts["attention"] = whole_s - sum(parts.values())
+        found.append(sum(part * of.get(term, formula) for term, part in parts.items()) / whole_s)
+    return max(found)

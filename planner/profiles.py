@@ -1,0 +1,230 @@
+"""Measured times of a device: small CSV files in catalog/profiles/<device>, one a kind of op.
+
+A row is one measurement: its key, its role, the median in microseconds and the spread of the middle
+three fifths of the rounds. Rows of role `check` lie between the others or on other shapes; no fit
+ever sees them, so that what a fit makes of them is its error (planner/fits.py).
+
+    gemm               op n k tokens                          a matrix product, weights not in L2
+    rows               op width tokens                        a row-wise op; width of one token
+    attention_chunk    heads kv_heads head_dim tokens prefix  one chunk behind a prefix
+    attention_decode   heads kv_heads head_dim batch keys     decodes of so many keys each
+    sampling           vocab rows                             greedy tokens from logits
+    links              op devices bytes                       a collective, bytes that a rank gives
+    copy               bytes                                  device to device
+    step               what                                   parts of the host's time
+
+`medha-tune --profile` writes them; a device without a folder is priced by its data sheet.
+"""
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from planner.catalog import CATALOG, load_device, name_key, names
+from plans.codec import load_file
+from plans.errors import InvalidFile
+
+PROFILES = CATALOG / "profiles"
+ABOUT = "about.yaml"
+
+Key = tuple[int | str, ...]
+Role = Literal["fit", "check"]
+KEYS: dict[str, tuple[str, ...]] = {
+    "attention_chunk": ("heads", "kv_heads", "head_dim", "tokens", "prefix"),
+    "attention_decode": ("heads", "kv_heads", "head_dim", "batch", "keys"),
+    "copy": ("bytes",),
+    "gemm": ("op", "n", "k", "tokens"),
+    "links": ("op", "devices", "bytes"),
+    "rows": ("op", "width", "tokens"),
+    "sampling": ("vocab", "rows"),
+    "step": ("what",),
+}
+TEXTS = ("op", "what")
+"""Columns that are no numbers."""
+VALUES = ("role", "us", "spread_us")
+
+
+class About(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a profile was measured on."""
+
+    device: str
+    """As torch names it."""
+    driver: str
+    torch: str
+    triton: str
+    made: str
+    """Day, UTC."""
+    command: str
+    sources: dict[str, str] = {}
+    """Tables that come from elsewhere, and from where."""
+    kernels: dict[str, str] = {}
+    """sha256 of the sources of each op of ours that was measured."""
+    hot: dict[str, float] = {}
+    """By table, what times bound by products are multiplied with: 1 where the table is absent. Only
+    for tables measured before clocks heated the chip, as a power limit slows it within a tenth of a
+    second; `sources` says how the factor was found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One measurement."""
+
+    key: Key
+    role: Role
+    us: float
+    spread_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """All that was measured on one device."""
+
+    folder: Path
+    about: About
+    tables: dict[str, tuple[Row, ...]]
+    """By name; a table that was not measured is absent."""
+
+    def rows(self, table: str, role: Role | None = "fit") -> tuple[Row, ...]:
+        """Rows of a table with a role, or of both."""
+        return tuple(each for each in self.tables.get(table, ()) if role in {None, each.role})
+
+    def step_us(self, what: str) -> float | None:
+        """One part of the host's time."""
+        return next((each.us for each in self.rows("step") if each.key == (what,)), None)
+
+    def ranges(self) -> list[str]:
+        """What each table covers, a line each."""
+        return [f"{name}: {range_text(name, rows)}" for name, rows in sorted(self.tables.items())]
+
+
+def range_text(table: str, rows: Iterable[Row]) -> str:
+    """Number of rows and the range of each column."""
+    rows = list(rows)
+    columns = []
+    for at, name in enumerate(KEYS[table]):
+        values = sorted(
+            {row.key[at] for row in rows}, key=lambda each: (isinstance(each, str), each)
+        )
+        if name in TEXTS:
+            columns.append(f"{name} {', '.join(map(str, values))}")
+        else:
+            columns.append(f"{name} {values[0]}" + (f" to {values[-1]}" if len(values) > 1 else ""))
+    checks = sum(row.role == "check" for row in rows)
+    return f"{len(rows)} rows ({checks} kept for checks); {'; '.join(columns)}"
+
+
+@cache
+def load_profile(device: str) -> Profile | None:
+    """The profile of a device of the catalog, or None where it was never measured."""
+    folder = PROFILES / device
+    return read_profile(folder) if folder.is_dir() else None
+
+
+def read_profile(folder: Path) -> Profile:
+    """The profile in a folder; raises InvalidFile that names the file for anything wrong in it."""
+    about = load_file(folder / ABOUT, About)
+    tables = {}
+    for path in sorted(folder.glob("*.csv")):
+        if path.stem not in KEYS:
+            raise InvalidFile(str(path), "", f"is no table; tables: {', '.join(sorted(KEYS))}")
+        tables[path.stem] = read_table(path)
+    if not tables:
+        raise InvalidFile(str(folder), "", "holds no table; medha-tune --profile writes them")
+    return Profile(folder=folder, about=about, tables=tables)
+
+
+def read_table(path: Path) -> tuple[Row, ...]:
+    """Rows of one CSV file, sorted by key; raises InvalidFile."""
+    keys = KEYS[path.stem]
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise InvalidFile(str(path), "", "is empty; medha-tune --profile writes it anew")
+    if text.startswith("version https://git-lfs"):
+        raise InvalidFile(str(path), "", "is a pointer of Git LFS, not the data")
+    lines = list(csv.reader(text.splitlines()))
+    if tuple(lines[0]) != (*keys, *VALUES):
+        raise InvalidFile(
+            str(path),
+            "line 1",
+            f"columns {', '.join(lines[0])}; must be {', '.join((*keys, *VALUES))}",
+        )
+    rows = [_row(path, number, keys, line) for number, line in enumerate(lines[1:], 2)]
+    if not any(row.role == "fit" for row in rows):
+        raise InvalidFile(str(path), "", "holds no row of role fit")
+    seen: set[Key] = set()
+    for number, row in enumerate(rows, 2):
+        if row.key in seen:
+            raise InvalidFile(str(path), f"line {number}", f"measures {row.key} again")
+        seen.add(row.key)
+    return tuple(sorted(rows, key=lambda row: tuple(map(_order, row.key))))
+
+
+def _order(part: int | str) -> tuple[bool, int, str]:
+    return (True, 0, part) if isinstance(part, str) else (False, part, "")
+
+
+def _row(path: Path, number: int, keys: tuple[str, ...], line: list[str]) -> Row:
+    where = f"line {number}"
+    if len(line) != len(keys) + len(VALUES):
+        raise InvalidFile(
+            str(path), where, f"{len(line)} columns instead of {len(keys) + len(VALUES)}"
+        )
+    key: list[int | str] = []
+    for name, text in zip(keys, line, strict=False):
+        if name in TEXTS:
+            key.append(text)
+        elif re.fullmatch(r"0|[1-9][0-9]*", text):
+            key.append(int(text))
+        else:
+            raise InvalidFile(str(path), f"{where}: {name}", f"{text!r} is no whole number")
+    role, us, spread_us = line[len(keys) :]
+    if role not in {"fit", "check"}:
+        raise InvalidFile(str(path), f"{where}: role", f"{role!r} is neither fit nor check")
+    numbers = []
+    for name, text in (("us", us), ("spread_us", spread_us)):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not 0 <= value < float("inf") or (name == "us" and value == 0):
+            raise InvalidFile(str(path), f"{where}: {name}", f"{text!r} is no time above 0")
+        numbers.append(value)
+    return Row(
+        key=tuple(key),
+        role="fit" if role == "fit" else "check",
+        us=numbers[0],
+        spread_us=numbers[1],
+    )
+
+
+def write_table(folder: Path, table: str, rows: Iterable[Row]) -> Path:
+    """Writes a table sorted by key, over what was there; returns its path."""
+    path = folder / f"{table}.csv"
+    ordered = sorted(rows, key=lambda row: tuple(map(_order, row.key)))
+    lines = [",".join((*KEYS[table], *VALUES))]
+    lines += [
+        ",".join((*map(str, row.key), row.role, f"{row.us:.6g}", f"{row.spread_us:.3g}"))
+        for row in ordered
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def catalog_device(torch_name: str, memory_bytes: int) -> str | None:
+    """The catalog's name of a device as torch names it, or None where there is none like it.
+
+    An alias has to be a part of the name, and the memory has to agree within a tenth.
+    """
+    words = {name_key(word) for word in re.split(r"[^A-Za-z0-9]+", torch_name)}
+    for name in names("devices"):
+        device = load_device(name)
+        spellings = {name_key(each) for each in (name, *device.aliases)}
+        if spellings & words and abs(device.memory_bytes / memory_bytes - 1) < 0.1:
+            return name
+    return None

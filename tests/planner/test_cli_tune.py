@@ -1,0 +1,166 @@
+"""medha-tune: what it says without a GPU, and its files with a device that a test makes up."""
+
+import sys
+
+import pytest
+import torch
+from msgspec import structs
+
+from codegen import clock, machine, meter, problems, tune
+from codegen.clock import Timing
+from codegen.kernels import KERNELS, load_spec
+from codegen.machine import Machine
+from codegen.problems import Where
+from planner import cli_tune, profiles, tuned
+from planner.profile import TABLES
+from planner.profiles import read_profile
+from plans.codec import load_file
+from plans.tuned import Tuned
+
+SIZES = {"tokens": 2, "heads": 32, "head_dim": 64}
+MACHINE = Machine(
+    name="NVIDIA H200",
+    memory_bytes=150108897280,
+    compute_capability="9.0",
+    driver="580",
+    torch="2.11",
+    triton="3.6.0",
+    devices=1,
+)
+
+
+@pytest.fixture
+def medha_tune(monkeypatch, capfd):
+    """The command in this process: (exit status, stdout, stderr)."""
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["medha-tune", *map(str, argv)])
+        try:
+            cli_tune.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def device(monkeypatch, tmp_path):
+    """A device whose times are made up; the catalog's folders are the test's own."""
+    monkeypatch.setattr(machine, "machine", lambda: MACHINE)
+    here = Where(device=torch.device("cpu"), dtype=torch.float16, cold=False)
+    monkeypatch.setattr(machine, "first_device", lambda: here)
+    monkeypatch.setattr(problems, "rates", lambda device: (1e14, 1e12))
+    monkeypatch.setattr(tune.Gate, "reasons", lambda self, pairs: [()] * len(pairs))
+    monkeypatch.setattr(tune, "PROBLEMS", {"rope": {"rows": (SIZES,)}})
+    monkeypatch.setattr(clock, "GraphClock", lambda **_: times)
+    monkeypatch.setattr(
+        meter, "METHODS", dict.fromkeys(meter.METHODS, lambda *_: Timing(us=3.0, spread_us=0.1))
+    )
+    monkeypatch.setattr(profiles, "PROFILES", tmp_path / "catalog" / "profiles")
+    monkeypatch.setattr(tuned, "TUNED", tmp_path / "catalog" / "tuned")
+    return tmp_path
+
+
+def times(groups):
+    for group in groups:
+        group[0]()
+    return [Timing(us=10.0 - at, spread_us=0.1) for at in range(len(groups))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_ends_with_1_and_says_what_works(medha_tune):
+    status, out, err = medha_tune()
+    assert status == 1
+    assert out == ""
+    assert "no CUDA device is visible" in err
+    assert err.rstrip().endswith("medha-tune --dry-run lists what it would do")
+
+
+def test_a_dry_run_lists_every_tunable_op_and_every_table(medha_tune):
+    status, out, _ = medha_tune("--dry-run")
+    assert status == 0
+    for op in KERNELS:
+        if load_spec(op).searches:
+            assert f"kernel {op} " in out
+        elif load_spec(op).params:
+            assert f"not tuned: {op}: its spec names no search space" in out
+    for table in (*TABLES, "links"):
+        assert f"profile {table}: " in out
+    assert "--effort quick: " in out
+
+
+def test_a_dry_run_lists_only_what_was_asked_for(medha_tune):
+    _, out, _ = medha_tune("--dry-run", "--kernels", "--op", "rope")
+    assert {line.split()[1] for line in out.splitlines() if line.startswith("kernel")} == {"rope"}
+    assert "profile" not in out
+    _, out, _ = medha_tune("--dry-run", "--profile", "--table", "copy")
+    assert "kernel" not in out
+    assert "profile copy" in out
+    assert "profile gemm" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (("--dry-run", "--op", "rop"), "unknown op 'rop'; nearest: rope"),
+        (("--dry-run", "--table", "gemms"), "unknown table 'gemms'; nearest: gemm"),
+        (("--dry-run", "--effort", "max"), "--effort max: one of none, quick, full"),
+    ],
+)
+def test_wrong_names_end_with_2(medha_tune, argv, complaint):
+    status, _, err = medha_tune(*argv)
+    assert status == 2
+    assert complaint in err
+
+
+def test_tuning_writes_dated_records_and_installs_them_when_asked(medha_tune, device):
+    out = device / "out"
+    status, text, err = medha_tune("--kernels", "--op", "rope", "--out", out)
+    assert status == 0, err
+    record = load_file(out / "tuned" / "h200-sxm-141gb" / "rope.yaml", Tuned)
+    assert (record.device, record.triton, record.effort) == ("NVIDIA H200", "3.6.0", "quick")
+    assert record.source_sha256 == tune.source_sha256("rope")
+    (bucket,) = record.buckets
+    assert bucket.us < bucket.default_us == 10.0
+    assert "not installed" in text
+    assert "x the default" in text
+    assert not (device / "catalog").exists()
+    medha_tune("--kernels", "--op", "rope", "--out", out, "--install")
+    installed = tuned.load_records("h200-sxm-141gb")["rope"]
+    assert [each.params for each in installed.buckets] == [bucket.params]
+
+
+def test_a_second_run_keeps_buckets_of_other_shapes(medha_tune, device, monkeypatch):
+    out = device / "out"
+    medha_tune("--kernels", "--op", "rope", "--out", out)
+    monkeypatch.setattr(tune, "PROBLEMS", {"rope": {"rows": ({**SIZES, "tokens": 3},)}})
+    medha_tune("--kernels", "--op", "rope", "--out", out)
+    record = load_file(out / "tuned" / "h200-sxm-141gb" / "rope.yaml", Tuned)
+    assert [each.when["tokens"] for each in record.buckets] == [2, 3]
+
+
+def test_a_profile_is_written_resumed_and_installed(medha_tune, device):
+    out = device / "out"
+    status, text, err = medha_tune("--profile", "--table", "copy", "--out", out, "--install")
+    assert status == 0, err
+    assert "copy: 7 rows" in text
+    installed = read_profile(profiles.PROFILES / "h200-sxm-141gb")
+    assert installed.about.device == "NVIDIA H200"
+    assert installed.about.command.startswith("medha-tune --profile")
+    assert {row.us for row in installed.rows("copy")} == {3.0}
+    _, _, err = medha_tune("--profile", "--table", "copy", "--out", out)
+    assert "0 measured, 7 there already" in err
+
+
+def test_a_folder_of_another_machine_is_refused(medha_tune, device, monkeypatch):
+    out = device / "out"
+    medha_tune("--profile", "--table", "copy", "--out", out)
+    other = Machine(**{**vars(MACHINE), "triton": "3.7.1"})
+    monkeypatch.setattr(machine, "machine", lambda: other)
+    status, _, err = medha_tune("--profile", "--table", "copy", "--out", out)
+    assert status == 2
+    assert "a profile of another triton" in err
+    about = load_file(out / "profiles" / "h200-sxm-141gb" / "about.yaml", profiles.About)
+    assert structs.asdict(about)["triton"] == "3.6.0"
