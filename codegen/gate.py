@@ -10,10 +10,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from codegen.kernels import KERNELS, load_spec
 from codegen.kernels.base import Compilation
+from codegen.rowwise_library import sampled
 
 SHARED_BYTES_MAX = 232_448
 """Shared memory of one block on sm_90 (CUDA programming guide, compute capability 9.0: 227 KB)."""
@@ -90,14 +92,24 @@ def reasons_to_reject(report: Report, compilation: Compilation) -> tuple[str, ..
 
 
 def check_kernels() -> tuple[Verdict, ...]:
-    """Compiles every kernel of the registry in a child process; a failed compile is a rejection."""
-    wanted = [(op, each) for op in KERNELS for each in load_spec(op).compilations]
+    """Compiles every kernel of the registry, and what the generator makes of some other regions."""
+    return judge(
+        [
+            *((op, each) for op in KERNELS for each in load_spec(op).compilations),
+            *sampled(),
+        ]
+    )
+
+
+def judge(wanted: Sequence[tuple[str, Compilation]]) -> tuple[Verdict, ...]:
+    """Compiles (op, compilation) pairs in a child process; a failed compile is a rejection."""
     rows = []
     for op, each in wanted:
         row = asdict(each)
+        folder = row.pop("folder") or op
         for name in ("tile_rows", "streams", "buffers", "specialised_warps", "overlaps"):
             del row[name]
-        rows.append({"op": op, **row})
+        rows.append({"op": folder, **row})
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "codegen.gate_child"],

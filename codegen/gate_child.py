@@ -3,7 +3,8 @@
 Started as a module of its own, since a failed compilation may end the process, and since an
 interpreter asked for by the environment would replace the compiler.
 
-stdin   JSON list of {op, module, kernel, types, constants, multiples_of_16, num_warps, num_stages}
+stdin   JSON list of {op, module, kernel, types, constants, multiples_of_16, num_warps, num_stages,
+        source}
 stdout  one JSON object a line, in order: what gate.Report holds, or {"error": text}
 """
 
@@ -22,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
+
+from codegen.rowwise_op import load_source
 
 TMA_BOX = re.compile(
     r"async_tma_copy_global_to_local.*?tensordesc<tensor<([\dx]+)x\w+"
@@ -52,9 +55,13 @@ def compile_sm90(
     multiples_of_16: list[str],
     num_warps: int,
     num_stages: int,
+    source: str = "",
 ) -> dict[str, Any]:
     """Resources of one kernel, as ptxas and the disassembler tell them."""
-    function = pkgutil.resolve_name(f"codegen.kernels.{op}.{module}:{kernel}")
+    if source:
+        function = getattr(load_source(op, source), kernel)
+    else:
+        function = pkgutil.resolve_name(f"codegen.kernels.{op}.{module}:{kernel}")
     names = function.arg_names
     gluon = function.is_gluon()
     if gluon:  # whose descriptors know how their boxes lie in shared memory

@@ -21,7 +21,7 @@ from torch import fx
 
 from codegen import collectives
 from codegen.kernels import KERNELS, load_reference, load_spec
-from codegen.kernels.base import Value
+from codegen.kernels.base import Spec, Value
 from plans.ops import OPS
 
 COLLECTIVES: dict[str, Callable[..., Any]] = {
@@ -37,7 +37,7 @@ class Program:
 
     graphs: list[fx.Graph]
     target: str = "torch"
-    """What the lower pass aims at: "torch", or "triton" where an op has such a kernel."""
+    """What the lower pass aims at: "torch", or "triton" or a library where an op has such one."""
     tp: int = 1
     """Ranks that share the weights; set by the shard pass."""
     peak_bytes: list[int] = field(default_factory=list)
@@ -50,6 +50,14 @@ def op_name(node: fx.Node) -> str | None:
         return None
     name: str = node.target.__name__  # type: ignore[union-attr]
     return name
+
+
+def spec_of(node: fx.Node) -> Spec:
+    """The rules of the op that a node calls; a generated op brings its own."""
+    name = op_name(node)
+    assert name is not None, f"{node.format_node()} calls nothing"
+    own: Spec | None = getattr(node.target, "spec", None)
+    return own or load_spec(name)
 
 
 def calls(graph: fx.Graph, *ops: str) -> list[fx.Node]:
@@ -75,15 +83,27 @@ def infer(node: fx.Node, tp: int) -> Value | tuple[Value, ...]:
     assert name is not None, f"{node.format_node()} calls nothing"
     if name in COLLECTIVES:
         return collectives.infer(name, args, tp)
-    inferred: Value | tuple[Value, ...] = load_spec(name).infer(*args)
+    inferred: Value | tuple[Value, ...] = spec_of(node).infer(*args)
     return inferred
 
 
 def call(
-    graph: fx.Graph, op: str, *args: Any, like: fx.Node, name: str, tp: int = 1
-) -> fx.Node:  # fmt: skip
-    """Inserts a call of an op at the graph's insertion point, in the layer of the node `like`."""
-    node = graph.call_function(COLLECTIVES.get(op) or load_reference(op), args)
+    graph: fx.Graph,
+    op: str | Callable[..., Any],
+    *args: Any,
+    like: fx.Node,
+    name: str,
+    tp: int = 1,
+) -> fx.Node:
+    """Inserts a call of an op at the graph's insertion point, in the layer of the node `like`.
+
+    op  its name, or the function itself where it is a generated one
+    """
+    function = op
+    if isinstance(op, str):
+        function = COLLECTIVES.get(op) or load_reference(op)
+    assert callable(function), f"{op} is no op"
+    node = graph.call_function(function, args)
     node.meta.update(layer=like.meta["layer"], name=name)
     node.meta["value"] = infer(node, tp)
     return node
@@ -150,10 +170,14 @@ def verify(program: Program) -> None:
 
 def _verify_call(node: fx.Node, tp: int) -> None:
     name, text = op_name(node), node.format_node()
-    if name is not None:
+    if name is not None and hasattr(node.target, "spec"):
+        assert name not in KERNELS, f"a generated op has the name of another: {text}"
+        assert name not in COLLECTIVES, f"a generated op has the name of another: {text}"
+    elif name is not None:
         assert name in OPS, f"unknown op: {text}"
         assert name in KERNELS or name in COLLECTIVES, f"nothing computes {name}: {text}"
-        assert len(node.args) == len(OPS[name].inputs), f"arity of {name}: {text}"
+        least, more = len(OPS[name].inputs), len(OPS[name].optional)
+        assert len(node.args) in {least, least + more}, f"arity of {name}: {text}"
         assert not node.kwargs, f"keywords: {text}"
     value = infer(node, tp)
     assert value == node.meta["value"], f"{node.meta['value']} should be {value}: {text}"
@@ -185,10 +209,19 @@ def _lines(graph: fx.Graph, number: dict[fx.Node, str]) -> Iterator[str]:
         notes = []
         if "target" in node.meta:
             notes.append(node.meta["target"])
+        fused = _fused(node)
+        if fused:
+            notes.append(f"rows of {' '.join(fused)}")
         if node.meta.get("frees"):
             notes.append("frees " + " ".join(number[each] for each in node.meta["frees"]))
         note = f"  # {'; '.join(notes)}" if notes else ""
         yield f"{number[node]} = {op_name(node) or 'item'}({args}): {shown}{note}"
+
+
+def _fused(node: fx.Node) -> tuple[str, ...]:
+    """Ops of the row-wise region that a call stands for."""
+    name = op_name(node)
+    return () if name is None or name in COLLECTIVES else spec_of(node).fused
 
 
 class _Name(str):

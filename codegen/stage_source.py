@@ -27,6 +27,13 @@ a projection, F ffn, V vocabulary; inside, N, K, O, F and V are one rank's share
 A step of {tokens} tokens has at most {mib:.1f} MiB of values alive.
 """
 '''
+RECORDABLE = '''RECORDABLE = {recordable}
+"""Whether steps may be recorded as CUDA graphs: all of a step of decodes, of others in pieces."""
+APART = {apart}
+"""Ops whose launches follow the lengths of a step's sequences: they stand between two pieces."""
+SELECTS = {selects}
+"""Op behind which only the sampled rows are left; None where they are not selected here."""
+'''
 PLACEHOLDERS = ("token_ids_T", "positions_T", "slots_T", "sample_rows_R")
 
 
@@ -77,6 +84,11 @@ def stage_source(graph: fx.Graph, *, plan: Plan, stage: int, peak_bytes: int) ->
         "import torch\n",
         "\n".join(imports) + "\n",
         _parameters(graph, first, end),
+        RECORDABLE.format(
+            recordable=recordable(graph),
+            apart="(" + "".join(f'"{op}", ' for op in _readers(graph, "inputs")).rstrip() + ")",
+            selects=next((f'"{op}"' for op in _readers(graph, "sample_rows_R")), None),
+        ),
         *([_frequencies(plan)] if rotary else []),
         f'def forward(weights, inputs, kv, comm):\n    """Runs one step; returns {result}."""\n'
         + textwrap.indent("\n".join(body), "    ")
@@ -86,6 +98,30 @@ def stage_source(graph: fx.Graph, *, plan: Plan, stage: int, peak_bytes: int) ->
     for name in ("\nPARAMETERS", "\n@functools", "\ndef forward"):
         text = text.replace(name, f"\n{name}")
     return text
+
+
+def recordable(graph: fx.Graph) -> bool:
+    """Whether a decode step's launches may be recorded and run again with other numbers.
+
+    Collectives would have to be recorded on all ranks alike. Ops that know sequences or slots read
+    them on the host, in their reference; our kernels read them on the device.
+    """
+    ops = {op for node in graph.nodes if (op := op_name(node))}
+    reading = {*_readers(graph, "inputs"), *_readers(graph, "slots_T")}
+    return not ops & set(COLLECTIVES) and all(
+        node.meta["target"] == "triton" for node in graph.nodes if op_name(node) in reading
+    )
+
+
+def _readers(graph: fx.Graph, placeholder: str) -> tuple[str, ...]:
+    """Names of the ops that read one of the step's inputs."""
+    found = {
+        op
+        for node in graph.nodes
+        for each in node.all_input_nodes
+        if each.op == "placeholder" and each.target == placeholder and (op := op_name(node))
+    }
+    return tuple(sorted(found))
 
 
 # --- statements -----------------------------------------------------------------------------------

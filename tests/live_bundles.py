@@ -25,32 +25,49 @@ TOY_PROGRAM = '''
 
 import torch
 
-from .toy_sums import weighted
+from .toy_sums import chosen, weighted
 
 PARAMETERS = ()
+RECORDABLE = True
+APART = ("weighted",)
+SELECTS = "chosen"
 
 
 def forward(weights, inputs, kv, comm):
     keys = kv.k_pages[0][..., 0, 0].view(-1)
-    keys[inputs.slots_T] = inputs.token_ids_T.to(keys.dtype)
-    logits_RV = torch.zeros(len(inputs.sample_rows_R), 97)
-    starts = inputs.query_starts_B1.tolist()
-    for at, row in enumerate(inputs.sample_rows_R.tolist()):
-        sequence = max(b for b, start in enumerate(starts) if start <= row)
-        tokens = int(inputs.positions_T[row]) + 1
-        assert tokens <= int(inputs.kv_lens_B[sequence])
-        place = torch.arange(tokens)
-        page = inputs.page_table_BP[sequence].long()[place // kv.page_tokens]
-        seen = keys[page * kv.page_tokens + place % kv.page_tokens].long()
-        logits_RV[at, weighted(seen) % 97] = 1.0
-    return logits_RV
+    keep_T = inputs.slots_T >= 0
+    # what is not kept writes what the first kept one does, or what is there
+    row_T = torch.where(keep_T, torch.arange(len(keep_T)), keep_T.int().argmax())
+    slot_T = inputs.slots_T[row_T].clamp_min(0)
+    token_T = inputs.token_ids_T[row_T].to(keys.dtype)
+    keys.index_put_((slot_T,), torch.where(keep_T.any(), token_T, keys[slot_T]))
+    sums_T1 = weighted(inputs.token_ids_T[:, None], kv.k_pages[0], inputs)
+    sums_R1 = chosen(sums_T1, inputs.sample_rows_R)
+    return torch.zeros(len(sums_R1), 97).scatter(1, sums_R1 % 97, 1.0)
 '''
 TOY_SUMS = '''
 """A sibling of the stage, to be imported relatively."""
 
+import torch
 
-def weighted(tokens):
-    return sum((place + 1) * (token + 1) for place, token in enumerate(tokens.tolist()))
+
+def weighted(tokens_T1, pages, inputs):
+    """The sum behind each token, from the pages: its launches follow the lengths of a step."""
+    keys, page_tokens = pages[..., 0, 0].view(-1), pages.shape[1]
+    row_T = torch.arange(len(tokens_T1))
+    sequence_T = torch.searchsorted(inputs.query_starts_B1[1:], row_T.int(), right=True)
+    sequence_T = sequence_T.clamp_max(len(inputs.kv_lens_B) - 1)
+    table_TP = inputs.page_table_BP[sequence_T].long()
+    place_S = torch.arange(table_TP.shape[1] * page_tokens)
+    seen_TS = keys[table_TP[:, place_S // page_tokens] * page_tokens + place_S % page_tokens].long()
+    if not inputs.recorded:
+        assert bool((inputs.positions_T < inputs.kv_lens_B[sequence_T]).all())
+    own_TS = place_S <= inputs.positions_T[:, None]
+    return ((place_S + 1) * (seen_TS + 1) * own_TS).sum(1, keepdim=True)
+
+
+def chosen(sums_T1, rows_R):
+    return sums_T1[rows_R]
 '''
 TOY_FILES = {"program/stage_0.py": TOY_PROGRAM, "program/toy_sums.py": TOY_SUMS}
 

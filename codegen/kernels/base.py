@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Dim = int | str
 """A size, or one of the letters that only a step fixes: T tokens, R sampled rows."""
@@ -34,8 +34,10 @@ class Compilation:
 
     kernel: str
     """Name of the jitted function."""
+    folder: str = ""
+    """Op in whose folder it stands; empty for its own."""
     module: str = "triton"
-    """File of the op's folder that it stands in: `triton` or `gluon`."""
+    """File of the folder that it stands in, such as `triton` or `gluon`."""
     types: Mapping[str, str]
     """Triton type of each argument that is no constant, such as `*bf16`, `i32`, `fp32`, or
     `tensordesc<bf16[64, 128]>` for the box that a TMA descriptor copies."""
@@ -54,6 +56,37 @@ class Compilation:
     """Warps besides num_warps that have a part of their own, by `gl.warp_specialize`."""
     overlaps: bool = False
     """A softmax has to run under a matrix product: exp2 between two waits for wgmma."""
+    source: str = ""
+    """Text of its module, where that stands in no folder: a generated one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Tunables that are chosen together, on problems of one regime (codegen/tune.py)."""
+
+    regime: str
+    """Which problems of codegen/problems.py time them."""
+    values: Mapping[str, tuple[int, ...]]
+    """What each tunable may be; all combinations are the space."""
+    compilations: Callable[[Mapping[str, int], Mapping[str, int]], tuple[Compilation, ...]] = (
+        lambda params, sizes: ()
+    )
+    """From all params and a problem's sizes, what the gate compiles before anything is timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Steps of some sizes, for which an op's file has a way of its own.
+
+    The file chooses by the tokens it is given, which are fixed when a CUDA graph is recorded.
+    """
+
+    tokens_max: str | None = None
+    """Name of the tunable that bounds them; None has no bound."""
+    target: Literal["torch", "triton"]
+    """Whose kernel runs: ours, or only the library's."""
+    params: tuple[str, ...] = ()
+    """Tunables that this way reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +100,12 @@ class Spec:
     """The result shares its first argument's storage."""
     params: Mapping[str, int] = field(default_factory=dict)
     """Tunables of triton.py and their defaults, module constants there; empty without a kernel."""
+    ranges: tuple[Range, ...] = ()
+    """Ways of triton.py by tokens, fewest first; empty where there is one for all steps."""
+    scratch: Callable[..., tuple[Value, ...]] | None = None
+    """From the op's arguments, as `infer` has them, what it allocates besides its results."""
+    searches: tuple[Search, ...] = ()
+    """What medha-tune tries; a tunable in none of them keeps its default."""
     cases: tuple[Mapping[str, Any], ...] = ()
     """Shapes and dtypes over which each kernel is compared with the reference."""
     tolerance: Mapping[str, float] = field(default_factory=dict)
@@ -74,8 +113,15 @@ class Spec:
     compilations: tuple[Compilation, ...] = ()
     parts: tuple[str, ...] = ()
     """Files of the folder that triton.py imports, without `.py`; a bundle has them beside it."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Texts of `reference` and `triton` of an op that is made with the graph and has no folder."""
+    fused: tuple[str, ...] = ()
+    """Ops of the region that a generated op stands for, in order."""
     takes: Callable[..., bool] | None = None
     """From the op's arguments, as `infer` has them, whether triton.py is made for them."""
+    libraries: Mapping[str, Callable[..., bool]] = field(default_factory=dict)
+    """Packages that compute the op where they are installed and a plan asks for them, each with a
+    file of that name beside triton.py; and whether it takes the op's arguments."""
 
     @property
     def targets(self) -> tuple[str, ...]:

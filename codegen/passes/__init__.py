@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from codegen.graph import Program
 from codegen.passes.buffers import plan_buffers
-from codegen.passes.fuse import fuse_gate, fuse_projections, fuse_residual_norm
-from codegen.passes.kv import page_attention
+from codegen.passes.fuse import fuse_gate, fuse_gate_up, fuse_projections
+from codegen.passes.kv import fuse_qkv_write, page_attention
 from codegen.passes.lower import lower
+from codegen.passes.rowwise import rowwise
 from codegen.passes.shard import shard
 from codegen.passes.stages import cut_stages
 from plans.plan import Plan
@@ -19,8 +20,10 @@ PASSES: tuple[Callable[[Program, Plan], int], ...] = (
     shard,
     fuse_projections,
     fuse_gate,
-    fuse_residual_norm,
+    fuse_gate_up,
     page_attention,
+    fuse_qkv_write,
+    rowwise,
     lower,
     plan_buffers,
 )

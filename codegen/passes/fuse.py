@@ -3,15 +3,16 @@
 Requires  shapes in node.meta (capture.py); before page_attention, so that only ops of the model
           stand between a projection and its users
 Ensures   no two linears read one value; no mul takes a silu of the same projection's other half; no
-          rms_norm takes an add. The numbers are those of the ops apart: joined weights give the
-          same dot products, and each fused reference is its parts in sequence
+          silu_mul takes a linear that nothing else reads. The numbers are those of the ops apart:
+          joined weights give the same dot products, and each fused reference is its parts in
+          sequence. Sums and norms are left to rowwise.py
 """
 
 import operator
 
 from torch import fx
 
-from codegen.graph import Program, call, erase_unused, item, op_name
+from codegen.graph import Program, call, calls, erase_unused, item, op_name
 from codegen.kernels.base import Value
 from plans.ops import Parameter
 from plans.plan import Plan
@@ -27,9 +28,9 @@ def fuse_gate(program: Program, plan: Plan) -> int:
     return sum(_fuse_gate(graph) for graph in program.graphs)
 
 
-def fuse_residual_norm(program: Program, plan: Plan) -> int:
-    """An rms_norm of a sum becomes add_rms_norm, which yields the sum too."""
-    return sum(_fuse_residual_norm(graph) for graph in program.graphs)
+def fuse_gate_up(program: Program, plan: Plan) -> int:
+    """silu_mul of a projection that nothing else reads becomes gate_up_silu."""
+    return sum(_fuse_gate_up(graph) for graph in program.graphs)
 
 
 def _fuse_projections(graph: fx.Graph) -> int:
@@ -123,23 +124,19 @@ def _halved(halves: tuple[fx.node.Argument, fx.Node]) -> fx.Node | None:
     return value if halved and isinstance(value, fx.Node) else None
 
 
-def _fuse_residual_norm(graph: fx.Graph) -> int:
+def _fuse_gate_up(graph: fx.Graph) -> int:
     matches = 0
-    for norm in list(graph.nodes):
-        if op_name(norm) != "rms_norm":
+    for gated in calls(graph, "silu_mul"):
+        projection = gated.args[0]
+        assert isinstance(projection, fx.Node), "silu_mul takes a value"
+        if op_name(projection) != "linear" or len(projection.users) > 1:
             continue
-        total, weight, eps = norm.args
-        if not isinstance(total, fx.Node) or op_name(total) != "add":
+        x, weight, bias = projection.args
+        if bias is not None:
             continue
-        x, residual = total.args
-        # behind the norm, which goes before the sum's other users are turned to the new sum
-        with graph.inserting_before(norm.next):
-            fused = call(graph, "add_rms_norm", x, residual, weight, eps, like=norm, name="both")
-            normed = item(graph, fused, 0, norm.meta["name"])
-            norm.replace_all_uses_with(normed)
-            graph.erase_node(norm)
-            if total.users:
-                total.replace_all_uses_with(item(graph, fused, 1, total.meta["name"]))
+        with graph.inserting_before(gated):
+            fused = call(graph, "gate_up_silu", x, weight, like=gated, name=gated.meta["name"])
+        gated.replace_all_uses_with(fused)
         matches += 1
-        erase_unused(graph)
+    erase_unused(graph)
     return matches

@@ -118,21 +118,22 @@ class LiveExecutor:
         self._rank = Rank(
             plan, place, program=program, weights=weights, comm=Alone(), device=device
         )
-        self._residents = Residents(plan, device)
         self._watch = Stopwatch(device)
         self._flying: deque[_Flying] = deque()
         recorder = CudaRecorder(device) if recorder is None and on_gpu else recorder
         self._graphs: StepGraphs | None = None
-        if graphs and program.recordable and recorder is not None:
-            self._graphs = StepGraphs(
-                plan,
-                program,
-                self._rank.forward,
-                self._residents,
-                recorder,
-                persistent=[*weights.values(), *self._rank.cache.tensors()],
-                device=device,
-            )
+        with self._rank.explained("what stands beside the pages"):
+            self._residents = Residents(plan, device)
+            if graphs and program.recordable and recorder is not None:
+                self._graphs = StepGraphs(
+                    plan,
+                    program,
+                    self._rank.forward,
+                    self._residents,
+                    recorder,
+                    persistent=[*weights.values(), *self._rank.cache.tensors()],
+                    device=device,
+                )
         self._random: set[int] = set()
         """Requests that are not greedy."""
         self._began_s = 0.0

@@ -45,6 +45,12 @@ def merge_shards(out_GTNH: Tensor, lse_GTN: Tensor) -> Tensor:
     return (out_TNH / total_TN.clamp_min(1.0)[..., None]).to(out_GTNH.dtype)
 
 
+def has_kernels(out_TNH: Tensor) -> bool:
+    """Whether merging.py is made for such heads: Triton's tiles are powers of two."""
+    head_dim = out_TNH.shape[-1]
+    return out_TNH.is_cuda and head_dim & (head_dim - 1) == 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Peer:
     """Another group with which a step shares rows."""
@@ -80,9 +86,9 @@ class Exchange:
     def merge(self, out_TNH: Tensor, lse_TN: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Sends and receives packed (out, lse) and merges; other rows stay as they are.
 
-        On a GPU the rows are merged in place.
+        On a GPU the rows are merged in place, where heads are what its kernels take.
         """
-        if out_TNH.is_cuda:
+        if has_kernels(out_TNH):
             return self._merge_in_place(out_TNH.contiguous(), lse_TN.contiguous(), group)
         out_SNH, lse_SN = out_TNH[self.rows_S], lse_TN[self.rows_S]
         packed = pack_partial(out_SNH, lse_SN)

@@ -138,7 +138,8 @@ class StepPieces:
                 for rows in self._tail_sizes[1:]:  # the same pieces again; only the tail is new
                     self._record(self._sizes[0], rows)
         except Exception as error:  # noqa: BLE001 - of torch, of Triton, of a library
-            self._recorded.clear()
+            for made in (self._recorded, self._tails, self._buffers):  # they hold memory
+                made.clear()
             warn_unrecorded("steps with chunks", error)
 
     def takes(self, tokens: int, sampled: int) -> bool:

@@ -12,6 +12,8 @@ from plans.plan import Plan
 from runtime.book import Book
 from runtime.request import Sequence
 
+NEVER_S = float("inf")
+
 
 class TimeBudget:
     """Remembers when the last step leaves each stage, by the formula."""
@@ -41,13 +43,19 @@ class TimeBudget:
                 break
         if decodes:
             comes_s = max(self._leaves_s[-1], now_s)
-            due_s = float("inf")
+            due_s = NEVER_S
             for each in decodes:
                 # the step in flight brings a token before this one does
                 last_s = comes_s if each.in_flight else each.last_token_s
                 due_s = min(due_s, last_s + each.tbt_s)
             # a token that is late already does not stop all prefill
             budget_s = min(budget_s, max(self.until(due_s, now_s), 0.5 * step_budget_s))
+        if len(decodes) < len(book.running):
+            # who is in flight decodes again behind this step, which by then is still on its way
+            apart_s = min(
+                (each.tbt_s for each in book.running if _comes_back(each)), default=NEVER_S
+            )
+            budget_s = min(budget_s, max(apart_s, 0.5 * step_budget_s))
         # a host that takes more than half of the budget is not made faster by smaller chunks
         budget_s = max(budget_s - max(overrun_s, 0.0), 0.5 * budget_s)
         return budget_s / (1.0 + self._margin)
@@ -70,3 +78,9 @@ class TimeBudget:
         for stage, seconds in enumerate(stages_s):
             leaves_s = max(leaves_s, self._leaves_s[stage]) + seconds + host_s
             self._leaves_s[stage] = leaves_s
+
+
+def _comes_back(sequence: Sequence) -> bool:
+    """Whether a request with a token in flight will want another one."""
+    coming = sequence.in_flight
+    return coming > 0 and sequence.generated + coming < sequence.request.max_tokens

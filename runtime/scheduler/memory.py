@@ -150,9 +150,12 @@ class KeptPages:
         if sequence.number <= number:
             self._by_group[group] = sequence.number, pages
 
-    def older(self, group: int, sequence: Sequence) -> int | None:
-        """The older request that pages are kept for: then `keep` would change nothing."""
-        return self._by_group[group][0] if self.before(group, sequence) else None
+    def newest_before(self, sequence: Sequence) -> int:
+        """The youngest older request that pages are kept for in any group.
+
+        Whoever is younger than that one has as many pages kept from it in each group as `sequence`.
+        """
+        return max(number for number in self.numbers() if number < sequence.number)
 
     def before(self, group: int, sequence: Sequence) -> int:
         """Pages that are kept for a request older than this one."""

@@ -88,11 +88,12 @@ class PageTaker:
         somebody takes or loses pages.
         """
         group = sequence.home
-        older = self._kept.older(group, sequence)
-        if older is None or self._free(step, group, sequence) >= self._start_pages(sequence):
+        if not self._kept.before(group, sequence):
+            return False
+        if self._free(step, group, sequence) >= self._start_pages(sequence):
             return False
         if not sequence.evictions:  # those need more than their length says
-            step.refused = sequence.length, older
+            step.refused = sequence.length, self._kept.newest_before(sequence)
         return True
 
     def take(self, step: StepPages, sequence: Sequence, tokens: int, floor: int) -> int:

@@ -28,7 +28,8 @@ def imported(source: bytes) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {each.name.split(".")[0] for each in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(f"{'.' * node.level}{node.module or ''}")
+            module = node.module or ""
+            names.add(f"{'.' * node.level}{module}" if node.level else module.split(".")[0])
     return names
 
 
@@ -111,13 +112,42 @@ def test_rank_shares_join_to_the_source(large):
 
 def test_kernels_name_every_op_file_and_its_tunables(large):
     program = large[1]
-    parts = {f"program/{op}_{part}.py" for op in KERNELS for part in load_spec(op).parts}
-    ops = {path for path in program.files if "stage_" not in path} - parts
+    called = {
+        name.removeprefix(".")
+        for path, source in program.files.items()
+        if Path(path).stem.startswith("stage_")
+        for name in imported(source)
+    }
+    ops = {path for path in program.files if Path(path).stem in called}
     assert {kernel.file for kernel in program.kernels} == ops
+    assert {kernel.op for kernel in program.kernels} - {*KERNELS} == {"add_rms_norm_2"}  # the last
     by_op = {kernel.op: kernel for kernel in program.kernels}
     assert by_op["add_rms_norm"].target == by_op["rms_norm"].target == "triton"
-    assert by_op["linear"].target == "torch"
+    assert by_op["linear"].target == "torch"  # of steps of many tokens
     assert by_op["rms_norm"].params == load_spec("rms_norm").params
+
+
+def test_products_have_a_way_for_few_tokens_and_one_for_many(large):
+    rows = {
+        (kernel.op, kernel.when.tokens_max): kernel
+        for kernel in large[1].kernels
+        if kernel.op in {"linear", "gate_up_silu", "qkv_rope_write"}
+    }
+    assert {tokens for _, tokens in rows} == {64, None}
+    for op in ("linear", "gate_up_silu", "qkv_rope_write"):
+        few = rows[op, 64]
+        assert few.target == "triton"
+        assert few.params == {name: load_spec(op).params[name] for name in few.params}
+        assert few.params["TOKENS_MAX"] == few.when.tokens_max
+    assert rows["linear", None].target == "torch"
+
+
+def test_tuned_bounds_are_those_of_the_file():
+    plan = sixteen_gpu_plan()
+    program = emit_program(plan, params={"linear": {"TOKENS_MAX": 16}})
+    bounds = [kernel.when.tokens_max for kernel in program.kernels if kernel.op == "linear"]
+    assert bounds == [16, None]
+    assert b"TOKENS_MAX = 16\n" in program.files["program/linear.py"]
 
 
 def test_the_target_follows_the_device():

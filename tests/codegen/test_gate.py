@@ -30,7 +30,8 @@ def verdicts() -> tuple[gate.Verdict, ...]:
 
 def test_every_kernel_with_a_triton_form_is_compiled(verdicts):
     ops = {op for op in KERNELS if "triton" in load_spec(op).targets}
-    assert {verdict.op for verdict in verdicts} == ops
+    assert {verdict.op for verdict in verdicts if not verdict.compilation.source} == ops
+    assert {verdict.op for verdict in verdicts if verdict.compilation.source} >= {"silu_mul_add"}
     assert all(load_spec(op).compilations for op in ops)
 
 
@@ -72,6 +73,7 @@ def test_a_kernel_that_does_not_compile_is_rejected_and_the_others_are_judged(mo
     both = replace(spec, compilations=(broken, spec.compilations[0]))
     monkeypatch.setattr(gate, "KERNELS", {"rms_norm": ""})
     monkeypatch.setattr(gate, "load_spec", lambda op: both)
+    monkeypatch.setattr(gate, "sampled", list)
     first, second = gate.check_kernels()
     assert "does not compile" in first.reasons[0]
     assert second.reasons == ()

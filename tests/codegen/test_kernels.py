@@ -7,12 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies_codegen import DTYPES
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from strategies_codegen import DTYPES, rounding_interpreter
 
 from codegen.graph import COLLECTIVES
 from codegen.kernels import KERNELS, load_reference, load_spec, source_texts
@@ -60,6 +57,9 @@ def arguments(op: str, case: dict) -> tuple:
     shape, dtype = case["shape"], case["dtype"]
     if op == "silu_mul":
         return (randn(*shape, dtype=dtype, seed=0),)
+    if op == "rotary":  # as for rope below
+        positions = torch.tensor([0, 1, 777, 1_048_575, 131_072])[-shape[0] :].to(DEVICE)
+        return (positions, torch.logspace(0, -5, shape[1]).to(DEVICE), 1.3)
     weight = randn(shape[-1], dtype=dtype, seed=2)
     if "columns" in case:
         wide = randn(shape[0], case["columns"], dtype=dtype, seed=0)
@@ -80,23 +80,11 @@ def poisoned(*shape, **options) -> torch.Tensor:
 
 
 @pytest.fixture
-def rounding_interpreter(monkeypatch) -> None:
-    """Lets the interpreter round fp32 to bf16 as the hardware does; Triton's own cuts it off."""
-    if not isinstance(triton.jit(arguments), InterpretedFunction):
-        return
-    cut = InterpreterBuilder.cast_impl
-
-    def cast(self, src, dst_type):
-        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
-            return cut(self, src, dst_type)
-        rounded = torch.from_numpy(src.data.astype("float32")).bfloat16()
-        bits = rounded.view(torch.uint16).numpy().reshape(src.data.shape)
-        return TensorHandle(bits, dst_type.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+def rounding(monkeypatch) -> None:
+    rounding_interpreter(monkeypatch)
 
 
-@pytest.mark.usefixtures("rounding_interpreter")
+@pytest.mark.usefixtures("rounding")
 @pytest.mark.parametrize(
     ("op", "case"), [(op, case) for op in TRITON for case in load_spec(op).cases]
 )
@@ -179,19 +167,6 @@ def test_kv_write_stores_rows_at_slots_and_skips_minus_one(slots, skipped, dtype
     kv_write(*rows, *pages, torch.tensor(slots, dtype=torch.int64).to(DEVICE))
     for found, wanted in zip(pages, expected, strict=True):
         assert torch.equal(found, wanted)
-
-
-def test_kv_write_and_attention_take_fp8_pages():
-    pages = [torch.zeros(2, 4, 1, 8, dtype=torch.float8_e4m3fn) for _ in "kv"]
-    k, v = (randn(3, 1, 8, dtype="fp32", seed=seed).cpu() for seed in (0, 1))
-    kv_write(k, v, *pages, torch.tensor([5, -1, 2]))
-    assert torch.equal(pages[0][1, 1].float(), k[0].to(torch.float8_e4m3fn).float())
-    assert torch.equal(pages[1][0, 2].float(), v[2].to(torch.float8_e4m3fn).float())
-    inputs = step([(1, 3, True)], page_tokens=4, seed=0, pool=[0])
-    out, _ = paged.paged_attention(
-        randn(1, 1, 8, dtype="fp32", seed=2).cpu(), *pages, pages[0], inputs, 1
-    )
-    assert out.isfinite().all()
 
 
 @given(ids=st.lists(st.integers(0, 11), min_size=1, max_size=9))

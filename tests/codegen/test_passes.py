@@ -124,10 +124,10 @@ def test_match_counts_are_those_of_the_family(family, tp, stages):
     assert matches["cut_stages"] == stages  # the cuts between them, and the selection of rows
     assert matches["shard"] == (7 * layers + 2 if tp > 1 else 0)  # and embedding and head
     assert matches["fuse_projections"] == 2 * layers  # qkv; gate and up
-    assert matches["fuse_gate"] == layers
+    assert matches["fuse_gate"] == matches["fuse_gate_up"] == layers
     # two sums a layer; the one that leaves a stage has no norm behind it
-    assert matches["fuse_residual_norm"] == 2 * layers - (stages - 1)
-    assert matches["page_attention"] == layers
+    assert matches["rowwise"] == 2 * layers - (stages - 1)
+    assert matches["page_attention"] == matches["fuse_qkv_write"] == layers
 
 
 def test_kv_heads_that_do_not_suffice_are_held_by_several_ranks():
@@ -154,10 +154,11 @@ def test_merge_stands_behind_every_attention_only_with_kvp(degrees):
 
 
 def test_peak_is_that_of_the_widest_moment_of_the_mlp():
-    """While silu_mul runs: the residual stream, gate and up, and their product, for every token."""
+    """Residual stream and its norm; gate and up, inside gate_up_silu, and its result; the turns."""
     plan = plan_of("llama")
     tokens = plan.scheduler.max_step_tokens
-    wide = (plan.model.hidden + 2 * plan.model.ffn + plan.model.ffn) * 4 * tokens
+    turns = plan.model.head_dim
+    wide = (2 * plan.model.hidden + 2 * plan.model.ffn + plan.model.ffn + turns) * 4 * tokens
     assert emit_program(plan).peak_activation_bytes == (wide,)
 
 
@@ -165,7 +166,7 @@ def test_peak_of_a_stage_counts_the_hidden_state_that_it_is_given():
     """The caller holds it while the stage runs, beside the stage's own residual stream."""
     plan = plan_of("llama", parallelism=Parallelism(spp=2))
     tokens = plan.scheduler.max_step_tokens
-    wide = (2 * plan.model.hidden + 3 * plan.model.ffn) * 4 * tokens
+    wide = (3 * plan.model.hidden + 3 * plan.model.ffn + plan.model.head_dim) * 4 * tokens
     assert emit_program(plan).peak_activation_bytes[1] == wide
 
 

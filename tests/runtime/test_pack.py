@@ -87,6 +87,16 @@ class World:
             sequence.in_flight = 1
         assert not reserved or pools.free_pages(0) - len(self.book.running) == asked
 
+    def fill_by_decodes(self, group: int) -> Sequence:
+        """Takes all pages of a group, by requests whose token is in flight; the first of them."""
+        pools, first = self.book.pools, len(self.book.sequences)
+        while pools.free_pages(group):
+            some = min(pools.free_pages(group) * pools.page_tokens, pools.shard_tokens)
+            sequence = self.start(some, done=some, home=group)
+            sequence.generated, sequence.in_flight = 1, 1
+            self.book.decode(sequence, NOW_S)
+        return self.book.sequences[first]
+
     def pack(self, now_s: float = NOW_S) -> Step:
         step = self.packer.pack(now_s)
         assert step is not None
@@ -123,11 +133,21 @@ def test_the_tightest_time_between_tokens_bounds_the_step(
     assert prefill.scheduled == tokens - 1, "all but the decode's"
 
 
-def test_a_decode_in_flight_is_not_waited_for() -> None:
-    """Its next token comes with the step ahead, whatever this one takes."""
+def test_a_step_beside_a_decode_in_flight_may_last_from_one_of_its_tokens_to_the_next() -> None:
+    """Its next token comes with the step ahead, whatever this one takes; but the one after that
+    stands behind this one. So it is its whole target, 40, and not the 20 that are left of it."""
     world = World(linear_plan(spp=2))
     world.decoding(last_token_s=NOW_S, tbt_s=40 * QUANTUM_S)
     assert world.pack().tokens == 1
+    world.arrive([900])
+    assert world.pack(NOW_S + 20 * QUANTUM_S).tokens == 40
+
+
+def test_the_last_token_in_flight_bounds_no_step() -> None:
+    world = World(linear_plan(spp=2))
+    decode = world.decoding(last_token_s=NOW_S, tbt_s=40 * QUANTUM_S)
+    decode.generated = decode.request.max_tokens - 1
+    world.pack()
     world.arrive([900])
     assert world.pack(NOW_S + 20 * QUANTUM_S).tokens == 128
 
@@ -268,6 +288,28 @@ def test_a_prompt_refused_for_want_of_pages_does_not_stop_shorter_ones() -> None
     step = world.pack()
     assert tokens_of(step).keys() == {shorter.number, least.number}
     assert not any(each.pages for each in (oldest, longer, longest))
+
+
+def test_whoever_has_pages_kept_in_one_group_is_not_refused_for_those_kept_in_another() -> None:
+    """A prompt waits for 7 pages of the second group, of which 4 are kept for it, while a started
+    one waits for a page of the first. Then 22 come free in the second, 14 of them for decodes. A
+    younger prompt of 5 pages ranks first and is refused; it takes the first group for its home."""
+    world = World(linear_plan(kvp=2), "srpt")
+    world.start(150, done=112, home=0)
+    world.fill_by_decodes(0)
+    filler = world.fill_by_decodes(1)
+    (waiting,) = world.arrive([100])
+    world.packer.pack(NOW_S)
+    assert (waiting.home, waiting.pages) == (1, [])
+    younger, long = world.arrive([70, 1000])
+    world.book.end(filler)
+    long.home = 1
+    world.book.grow(long, 160)
+    world.book.submit_chunk(long, 160)
+    long.in_flight, long.computed = 0, 160
+    assert world.book.pools.free_pages(1) == 22
+    assert tokens_of(world.pack()).keys() == {waiting.number}
+    assert (younger.home, younger.pages) == (0, [])
 
 
 def test_best_effort_that_finds_no_pages_does_not_end_the_step_for_others() -> None:

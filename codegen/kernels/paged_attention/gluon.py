@@ -20,6 +20,7 @@ not. One binary serves all models of a head size.
 M rows of a warpgroup, S keys of a tile, H head size.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -36,7 +37,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of 3.7, of 3.6
 STAGES = 2
-"""Tiles of K and of V in flight: 128 KB of shared memory at 128 x 128, beside 32 KB of Q."""
+"""Tiles of K and of V in flight: 128 KB of shared memory at 128 x 128, beside 32 KB of Q. A third
+brings chunks nothing."""
+MIXED_STAGES = 3
+"""The same where decodes are among the items: they wait for memory, and the more is on its way."""
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 
@@ -63,9 +67,12 @@ def _pin(x):
 
 
 @gluon.jit
-def _place(items_ptr, items, heads_together, FIELDS: gl.constexpr):
+def _place(items_ptr, items, heads_together, MIXED: gl.constexpr, FIELDS: gl.constexpr):
     """KV head and item of this block."""
     pid = gl.program_id(0)
+    if MIXED:
+        item_ptr = items_ptr + pid * FIELDS
+        return gl.load(item_ptr + 9), item_ptr
     batch = pid // (items * heads_together)
     pid -= batch * (items * heads_together)
     head = batch * heads_together + pid % heads_together
@@ -122,10 +129,11 @@ def _produce(
     PAGE: gl.constexpr,
     BLOCK_S: gl.constexpr,
     STAGES: gl.constexpr,
+    MIXED: gl.constexpr,
     FIELDS: gl.constexpr,
 ):
     """Fetches K one tile ahead of V: K0 K1 V0 K2 V1, the order in which they are used."""
-    head, item_ptr = _place(items_ptr, items, heads_together, FIELDS)
+    head, item_ptr = _place(items_ptr, items, heads_together, MIXED, FIELDS)
     table_ptr += gl.load(item_ptr).to(gl.int64) * table_stride
     last_page = (gl.load(item_ptr + 5) - 1) // PAGE
     low = gl.load(item_ptr + 6)
@@ -170,6 +178,7 @@ def _consume(  # noqa: PLR0915 - one loop and what feeds it
     BLOCK_S: gl.constexpr,
     STAGES: gl.constexpr,
     ONE_MASKED_TILE: gl.constexpr,
+    MIXED: gl.constexpr,
     FIELDS: gl.constexpr,
 ):
     """Attends 64 rows: the first or second half of the tile's tokens."""
@@ -182,7 +191,7 @@ def _consume(  # noqa: PLR0915 - one loop and what feeds it
     SHARES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    head, item_ptr = _place(items_ptr, items, heads_together, FIELDS)
+    head, item_ptr = _place(items_ptr, items, heads_together, MIXED, FIELDS)
     first_token = gl.load(item_ptr + 1)
     begin = gl.load(item_ptr + 2)
     stop = gl.load(item_ptr + 3)
@@ -217,6 +226,16 @@ def _consume(  # noqa: PLR0915 - one loop and what feeds it
     acc_MH = gl.zeros([64, HEAD], gl.float32, OUT)
     whole = gl.minimum(gl.maximum(first_token, begin) + shift + 1, keys) // BLOCK_S
     count = high - low
+    if MIXED:
+        # a decode has tokens in one half only; the other lets its buffers pass
+        empty = (half_token >= stop) | (half_token + tile_tokens // 2 <= begin)
+        passing = gl.where(empty, count, 0)
+        for j in range(passing):
+            mbarrier.wait(k_full.index(j % STAGES), (j // STAGES) & 1)
+            mbarrier.arrive(k_empty.index(j % STAGES), count=1)
+            mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)
+            mbarrier.arrive(v_empty.index(j % STAGES), count=1)
+        count -= passing
     if count > 0:
         mbarrier.wait(k_full.index(0), 0)
         product = warpgroup_mma(
@@ -306,6 +325,7 @@ def attention_kernel(
     PAGE: gl.constexpr,
     BLOCK_S: gl.constexpr,
     ONE_MASKED_TILE: gl.constexpr,
+    MIXED: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMER: gl.constexpr,
     PRODUCER: gl.constexpr,
@@ -337,20 +357,20 @@ def attention_kernel(
                 (0, q_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, items,
                  scale2, q0_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, kv_heads,
                  group, tile_tokens, heads_together, HEAD, BLOCK_S, STAGES, ONE_MASKED_TILE,
-                 FIELDS),
+                 MIXED, FIELDS),
             ),
             (
                 _consume,
                 (1, q_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, items,
                  scale2, q1_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, kv_heads,
                  group, tile_tokens, heads_together, HEAD, BLOCK_S, STAGES, ONE_MASKED_TILE,
-                 FIELDS),
+                 MIXED, FIELDS),
             ),
             (
                 _produce,
                 (k_desc, v_desc, items_ptr, table_ptr, items, table_stride, heads_together,
                  k_smem, v_smem, k_full, k_empty, v_full, v_empty, HEAD, PAGE, BLOCK_S, STAGES,
-                 FIELDS),
+                 MIXED, FIELDS),
             ),
         ],
         [4, 1],
@@ -372,6 +392,7 @@ def attend(
     v_flat: torch.Tensor,
     *,
     one_masked_tile: bool,
+    mixed: bool,
 ) -> None:
     """Runs a list; k_flat, v_flat [pages x page tokens, K x H], the rest as the Triton kernel's."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -381,7 +402,8 @@ def attend(
         k_desc=TensorDescriptor.from_tensor(k_flat, box, layout),
         v_desc=TensorDescriptor.from_tensor(v_flat, box, layout),
         ONE_MASKED_TILE=one_masked_tile,
-        STAGES=STAGES,
+        MIXED=mixed,
+        STAGES=MIXED_STAGES if mixed else STAGES,
         CONSUMER=CONSUMER_REGISTERS,
         PRODUCER=PRODUCER_REGISTERS,
         num_warps=4,
@@ -389,12 +411,12 @@ def attend(
 
 
 def try_out(device: torch.device, heads: Any) -> None:
-    """Compiles and runs both forms on one token without keys; raises where they do not work."""
+    """Compiles and runs all forms on one token without keys; raises where they do not work."""
     width = heads.kv_heads * heads.head_dim
     q_TNH = torch.zeros(width * heads.group, dtype=heads.dtype, device=device)
     pages = torch.zeros((heads.page_tokens, width), dtype=heads.page_dtype, device=device)
     floats = torch.zeros(128 * width, dtype=torch.float32, device=device)
-    item = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0, -1]], dtype=torch.int32, device=device)
+    item = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0, -1, 0, 0, 1]], dtype=torch.int32, device=device)
     arguments = {
         "q_ptr": q_TNH,
         "out_ptr": torch.empty_like(q_TNH),
@@ -415,6 +437,6 @@ def try_out(device: torch.device, heads: Any) -> None:
         "tile_tokens": 1 << (128 // heads.group).bit_length() - 1,
         "FIELDS": item.shape[1],
     }
-    for one_masked_tile in (True, False):
-        attend((heads.kv_heads,), arguments, pages, pages, one_masked_tile=one_masked_tile)
+    for masked, mixed in itertools.product((True, False), repeat=2):
+        attend((1,), arguments, pages, pages, one_masked_tile=masked, mixed=mixed)
     torch.cuda.synchronize(device)

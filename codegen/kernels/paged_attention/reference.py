@@ -28,8 +28,12 @@ def paged_attention(
     written: torch.Tensor,
     inputs: Packed,
     scale: float,
+    k_scales_PK: torch.Tensor | None = None,
+    v_scales_PK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out_TNH in q's dtype, lse_TN natural logarithm in fp32); softmax in fp32.
+
+    Pages in fp8 hold x / scale, with a scale a page and KV head.
 
     A sequence whose tokens were written here is causal: its last query sees all kv_lens_B keys.
     One whose first slot is -1 brought no keys, so that every query sees all of them. Rows without
@@ -49,8 +53,8 @@ def paged_attention(
         rows = [starts[b] for b in batch]
         out_TNH[rows], lse_TN[rows] = _decode(
             q_TNH[rows],
-            k_pages,
-            v_pages,
+            (k_pages, k_scales_PK),
+            (v_pages, v_scales_PK),
             inputs.kv_lens_B[batch],
             inputs.page_table_BP[batch],
             max(kv_lens[b] for b in batch),
@@ -62,20 +66,27 @@ def paged_attention(
         span = slice(starts[b], starts[b + 1])
         out_TNH[span], lse_TN[span] = _chunk(
             q_TNH[span],
-            _keys(k_pages, inputs.page_table_BP[b], kv_lens[b]),
-            _keys(v_pages, inputs.page_table_BP[b], kv_lens[b]),
+            _keys(k_pages, k_scales_PK, inputs.page_table_BP[b], kv_lens[b]),
+            _keys(v_pages, v_scales_PK, inputs.page_table_BP[b], kv_lens[b]),
             scale,
             causal=causal,
         )
     return out_TNH, lse_TN
 
 
-def _keys(pages: torch.Tensor, table_P: torch.Tensor, tokens: int) -> torch.Tensor:
+def _keys(
+    pages: torch.Tensor, scales_PK: torch.Tensor | None, table_P: torch.Tensor, tokens: int
+) -> torch.Tensor:
     """First tokens of the pages in the table's order, as fp32 [K, tokens, H]."""
     used = -(-tokens // pages.shape[1])
+    page_P = table_P[:used].long()
     raw = pages.view(torch.uint8) if pages.element_size() == 1 else pages
-    rows = raw[table_P[:used].long()].flatten(0, 1)[:tokens].view(pages.dtype)
-    return rows.transpose(0, 1).float().contiguous()
+    rows = raw[page_P].flatten(0, 1)[:tokens].view(pages.dtype)
+    found = rows.transpose(0, 1).float()
+    if scales_PK is not None:
+        scale_KS = scales_PK[page_P].repeat_interleave(pages.shape[1], 0)[:tokens].T
+        found *= scale_KS[..., None]
+    return found.contiguous()
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -115,22 +126,22 @@ def _chunk(
 
 def _decode(
     q_BNH: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    k_pages: tuple[torch.Tensor, torch.Tensor | None],
+    v_pages: tuple[torch.Tensor, torch.Tensor | None],
     kv_lens_B: torch.Tensor,
     page_table_BP: torch.Tensor,
     longest: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one query a sequence, keys padded to the longest sequence."""
+    """Attention of one query a sequence, keys padded to the longest; pages beside their scales."""
     batch, heads, head_dim = q_BNH.shape
-    kv_heads = k_pages.shape[2]
-    used = -(-longest // k_pages.shape[1])
+    _, page_tokens, kv_heads, _ = k_pages[0].shape
+    used = -(-longest // page_tokens)
     page_BP = page_table_BP[:, :used].reshape(-1)
-    padded = used * k_pages.shape[1]
+    padded = used * page_tokens
     k_BKSH, v_BKSH = (
-        _keys(pages, page_BP, batch * padded).view(kv_heads, batch, padded, -1).transpose(0, 1)
-        for pages in (k_pages, v_pages)
+        _keys(*each, page_BP, batch * padded).view(kv_heads, batch, padded, -1).transpose(0, 1)
+        for each in (k_pages, v_pages)
     )
     q_BKGH = (q_BNH.float() * scale).view(batch, kv_heads, -1, head_dim)
     logits_BKGS = q_BKGH @ k_BKSH.mT

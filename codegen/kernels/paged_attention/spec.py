@@ -1,8 +1,10 @@
 """Rules of `paged_attention`: as attention, keys from the pages, with the softmax's log sum."""
 
-from codegen.kernels.base import Compilation, Spec, Value
+from collections.abc import Mapping
 
-FIELDS = 9
+from codegen.kernels.base import Compilation, Search, Spec, Value
+
+FIELDS = 12
 """As work.ITEM_FIELDS."""
 TYPES = {
     "q_ptr": "*bf16",
@@ -23,7 +25,14 @@ TYPES = {
 
 
 def infer(
-    q: Value, k_pages: Value, v_pages: Value, written: Value, inputs: Value, scale: float
+    q: Value,
+    k_pages: Value,
+    v_pages: Value,
+    written: Value,
+    inputs: Value,
+    scale: float,
+    k_scales: Value | None = None,
+    v_scales: Value | None = None,
 ) -> tuple[Value, Value]:
     """(out, lse): out as q, lse fp32."""
     heads, kv_heads = q.shape[-2], k_pages.shape[-2]
@@ -32,11 +41,20 @@ def infer(
     assert heads % kv_heads == 0, f"{heads} heads share {kv_heads} KV heads"
     assert q.shape[-1] == k_pages.shape[-1], f"heads of {q} and pages {k_pages}"
     assert written == k_pages == v_pages, f"pages {k_pages}, {v_pages}, written {written}"
+    assert k_scales == v_scales, f"scales {k_scales} and {v_scales}"
+    assert (k_scales is None) == (k_pages.dtype != "fp8"), f"scales {k_scales} of {k_pages}"
     return q, Value(shape=q.shape[:-1], dtype="fp32")
 
 
 def takes(
-    q: Value, k_pages: Value, v_pages: Value, written: Value, inputs: Value, scale: float
+    q: Value,
+    k_pages: Value,
+    v_pages: Value,
+    written: Value,
+    inputs: Value,
+    scale: float,
+    k_scales: Value | None = None,
+    v_scales: Value | None = None,
 ) -> bool:
     """Head sizes and pages that the kernels are checked for; 16 bits, as tensor cores want them."""
     (_, page_tokens, kv_heads, head_dim), heads = k_pages.shape, q.shape[-2]
@@ -51,28 +69,58 @@ def takes(
     )
 
 
-def _triton(rows: int, keys: int, head: int, page: int, stages: int, warps: int) -> Compilation:
+def flash_attn_takes(
+    q: Value,
+    k_pages: Value,
+    v_pages: Value,
+    written: Value,
+    inputs: Value,
+    scale: float,
+    k_scales: Value | None = None,
+    v_scales: Value | None = None,
+) -> bool:
+    """What all versions of FlashAttention take: 16 bits everywhere, heads up to 256 in steps of 8.
+
+    FA2 wants pages of a multiple of 256, others are gathered.
+    """
+    head_dim = k_pages.shape[-1]
+    assert isinstance(head_dim, int), "heads have a size"
+    types = q.dtype in {"bf16", "fp16"} and k_pages.dtype == q.dtype
+    return types and head_dim % 8 == 0 and head_dim <= 256
+
+
+def _triton(
+    rows: int, keys: int, head: int, page: int, stages: int, warps: int, pages: str = "bf16"
+) -> Compilation:
+    scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), "*fp32")
+    boxes = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{pages}[{keys}, {head}]>")
     return Compilation(
         kernel="attention_kernel",
-        types={**TYPES, **dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {head}]>")},
+        module="tiles",
+        types={**TYPES, "counters_ptr": "*i32", **scales, **boxes},
         constants={
             "HEAD": head,
             "PAGE": page,
             "BLOCK_M": rows,
             "BLOCK_S": keys,
             "MASK_ALL": rows < 64,
+            "SCALED": pages != "bf16",
+            "CAST_ASM": pages != "bf16",
+            "MERGED": rows < 64,
+            "MERGE_ROWS": 4,
+            "MERGE_SLOTS": 32,
             "STAGES": stages,
             "FIELDS": FIELDS,
         },
         num_warps=warps,
         num_stages=stages,
         tile_rows=rows,
-        # mma.sync takes operands from registers, so its pipeline holds one tile less
-        buffers=stages if rows >= 64 else stages - 1,
+        # mma.sync takes operands from registers, as does what casts fp8: one tile less in flight
+        buffers=stages if rows >= 64 and pages == "bf16" else stages - 1,
     )
 
 
-def _gluon(head: int, page: int, *, one_masked_tile: bool) -> Compilation:
+def _gluon(head: int, page: int, *, one_masked_tile: bool, mixed: bool = False) -> Compilation:
     return Compilation(
         kernel="attention_kernel",
         module="gluon",
@@ -82,7 +130,8 @@ def _gluon(head: int, page: int, *, one_masked_tile: bool) -> Compilation:
             "PAGE": page,
             "BLOCK_S": 128,
             "ONE_MASKED_TILE": one_masked_tile,
-            "STAGES": 2,
+            "MIXED": mixed,
+            "STAGES": 3 if mixed else 2,
             "CONSUMER": 240,
             "PRODUCER": 24,
             "FIELDS": FIELDS,
@@ -90,24 +139,41 @@ def _gluon(head: int, page: int, *, one_masked_tile: bool) -> Compilation:
         num_warps=4,
         specialised_warps=8,  # a second group of four, and the fetching warp, padded to four
         tile_rows=64,
-        buffers=2,
+        buffers=3 if mixed else 2,
         overlaps=True,
     )
 
 
+def _decode(params: Mapping[str, int], sizes: Mapping[str, int]) -> tuple[Compilation, ...]:
+    """The kernel of a decode: 16 rows, or a token's query heads where those are more."""
+    rows = max(16, 1 << (sizes["heads"] // sizes["kv_heads"] - 1).bit_length())
+    keys = min(params["DECODE_KEYS"], sizes["page_tokens"])
+    stages, warps = params["DECODE_STAGES"], params["DECODE_WARPS"]
+    return (_triton(rows, keys, sizes["head_dim"], sizes["page_tokens"], stages, warps),)
+
+
+def _short(params: Mapping[str, int], sizes: Mapping[str, int]) -> tuple[Compilation, ...]:
+    """The portable kernel of a chunk."""
+    rows, keys = params["CHUNK_ROWS"], min(params["CHUNK_KEYS"], sizes["page_tokens"])
+    stages, warps = params["CHUNK_STAGES"], params["CHUNK_WARPS"]
+    return (_triton(rows, keys, sizes["head_dim"], sizes["page_tokens"], stages, warps),)
+
+
 MERGE = Compilation(
     kernel="merge_kernel",
+    module="tiles",
     types={**{name: each for name, each in TYPES.items() if name.endswith("_ptr")},
-           "merges_ptr": "*i32"},
+           "merges_ptr": "*i32", "tile_tokens": "i32"},
     constants={
         "KV_HEADS": 8,
         "GROUP": 4,
         "HEAD": 128,
         "BLOCK_M": 16,
-        "TILE_ROWS": 16,
-        "SLOTS": 16,
+        "ROWS": 4,
+        "SLOTS": 8,
         "FIELDS": 5,
     },
+    num_warps=1,
     streams=True,
 )  # fmt: skip
 
@@ -126,8 +192,43 @@ SPEC = Spec(
         "DECODE_WARPS": 4,
         "GLUON": 1,
         "L2_BYTES": 41943040,
-        "MERGE_SLOTS": 16,
+        "MERGE_SLOTS": 32,
+        "DECODE_LEAST": 1,
+        "FUSE_MERGE": 1,
+        "APART_TILES": 4,
+        "MIXED": 1,
+        "FUSED_ROWS": 128,
+        "MERGE_WARPS": 1,
+        "MERGE_ROWS": 32,
+        "DECODE_RESIDENT": 3,
+        "DECODE_WAVES": 1,
+        "DECODE_COST_HOPPER": 70,
+        "DECODE_COST": 100,
+        "FP8_KEYS": 128,
+        "FP8_STAGES": 2,
     },
+    searches=(
+        Search(
+            regime="decode",
+            values={
+                "DECODE_KEYS": (32, 64, 128),
+                "DECODE_STAGES": (2, 3, 4, 5),
+                "DECODE_WARPS": (2, 4, 8),
+            },
+            compilations=_decode,
+        ),
+        Search(
+            regime="short",  # so few rows that Hopper takes this kernel too
+            values={
+                "CHUNK_ROWS": (64, 128),
+                "CHUNK_KEYS": (64, 128),
+                "CHUNK_STAGES": (2, 3, 4),
+                "CHUNK_WARPS": (4, 8),
+            },
+            compilations=_short,
+        ),
+        Search(regime="chunk", values={"L2_BYTES": (20971520, 31457280, 41943040, 52428800)}),
+    ),
     # Checked by tests/codegen/test_attention_kernels.py, whose steps are no plain shapes. P and the
     # result are rounded to 16 bits, |out| is at most the largest |v|, which is below 8 in normal
     # data: each rounding is off by half a unit of a value below 8, and P by half a unit of one
@@ -139,11 +240,17 @@ SPEC = Spec(
         _triton(64, 64, 128, 128, 3, 4),
         _triton(64, 64, 64, 64, 3, 4),
         _triton(64, 16, 128, 16, 3, 4),
+        _triton(16, 128, 128, 128, 3, 4, "fp8e4nv"),
+        _triton(64, 128, 128, 128, 2, 4, "fp8e4nv"),
+        _triton(64, 64, 64, 64, 2, 4, "fp8e4nv"),
         MERGE,
         _gluon(128, 128, one_masked_tile=True),
         _gluon(128, 64, one_masked_tile=False),
         _gluon(64, 128, one_masked_tile=True),
+        _gluon(128, 128, one_masked_tile=True, mixed=True),
+        _gluon(128, 64, one_masked_tile=False, mixed=True),
     ),
-    parts=("work", "gluon"),
+    parts=("work", "tiles", "gluon"),
     takes=takes,
+    libraries={"flash_attn": flash_attn_takes},
 )

@@ -1,6 +1,8 @@
 """Rules of `rope`: one frequency for each pair of a head's elements."""
 
-from codegen.kernels.base import Compilation, Spec, Value
+from collections.abc import Mapping
+
+from codegen.kernels.base import Compilation, Search, Spec, Value
 
 
 def infer(x: Value, positions: Value, inv_freq: Value, scale: float) -> Value:
@@ -12,10 +14,44 @@ def infer(x: Value, positions: Value, inv_freq: Value, scale: float) -> Value:
     return x
 
 
+def _compilation(heads: int, half: int, warps: int) -> Compilation:
+    return Compilation(
+        kernel="rope_kernel",
+        types={
+            "x_ptr": "*bf16",
+            "positions_ptr": "*i64",
+            "inv_freq_ptr": "*fp32",
+            "out_ptr": "*bf16",
+            **dict.fromkeys(("x_stride", "heads", "half"), "i32"),
+            "scale": "fp32",
+        },
+        constants={"BLOCK_N": heads, "BLOCK_H2": half},
+        multiples_of_16=("x_stride", "half"),
+        num_warps=warps,
+        num_stages=1,
+        streams=True,
+    )
+
+
+def _compilations(params: Mapping[str, int], sizes: Mapping[str, int]) -> tuple[Compilation, ...]:
+    """The kernel for so many heads of a size."""
+    heads = 1 << (sizes["heads"] - 1).bit_length()
+    half = 1 << (sizes["head_dim"] // 2 - 1).bit_length()
+    warps = min(max(heads * half // params["ELEMENTS_A_WARP"], 1), 8)
+    return (_compilation(heads, half, warps),)
+
+
 SPEC = Spec(
     op="rope",
     infer=infer,
     params={"ELEMENTS_A_WARP": 512},
+    searches=(
+        Search(
+            regime="rows",
+            values={"ELEMENTS_A_WARP": (128, 256, 512, 1024)},
+            compilations=_compilations,
+        ),
+    ),
     cases=(
         {"shape": (3, 4, 128), "dtype": "bf16"},
         {"shape": (5, 3, 64), "dtype": "fp16"},
@@ -26,22 +62,6 @@ SPEC = Spec(
     # elements below 8. In 16 bits the result may round to the other neighbour: one unit.
     tolerance={"fp32": 2**-18, "bf16": 2**-7, "fp16": 2**-10},
     compilations=tuple(
-        Compilation(
-            kernel="rope_kernel",
-            types={
-                "x_ptr": "*bf16",
-                "positions_ptr": "*i64",
-                "inv_freq_ptr": "*fp32",
-                "out_ptr": "*bf16",
-                **dict.fromkeys(("x_stride", "heads", "half"), "i32"),
-                "scale": "fp32",
-            },
-            constants={"BLOCK_N": heads, "BLOCK_H2": 64},
-            multiples_of_16=("x_stride", "half"),
-            num_warps=warps,
-            num_stages=1,
-            streams=True,
-        )
-        for heads, warps in ((8, 1), (32, 4), (64, 8))
+        _compilation(heads, 64, warps) for heads, warps in ((8, 1), (32, 4), (64, 8))
     ),
 )

@@ -27,9 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from codegen.emit import emit_program
+from plans.errors import MedhaError
 from plans.plan import Plan
 from runtime.clock import WallClock
 from runtime.engine import Engine
+from runtime.executor import live
 from runtime.executor.live import LiveExecutor
 from runtime.parallel.graphs import SIZES
 from runtime.parallel.recorder import CudaRecorder, Replay
@@ -227,6 +229,34 @@ def test_a_program_that_cannot_be_recorded_runs_without_graphs(program, caplog):
     for _ in range(3):
         hand.step({0: hand.missing(0)})
     assert hand.answers[0] == toy_answer([1, 2], 3)
+
+
+def test_memory_that_is_missing_beside_the_pages_is_an_error_that_says_so(program, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 126 MiB")
+
+    monkeypatch.setattr(live, "StepGraphs", full)
+    with pytest.raises(MedhaError, match=r"ran out of memory on cpu.*fewer pages"):
+        LiveExecutor(toy_plan(), program, {}, clock=WallClock(), recorder=TapeRecorder())
+
+
+def test_a_recording_that_fails_leaves_nothing_of_itself(program):
+    """What it had recorded would keep its memory."""
+
+    class Full(TapeRecorder):
+        def end(self):
+            replay = super().end()
+            if self.recorded == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return replay
+
+    plan = toy_plan()
+    executor = LiveExecutor(plan, program, {}, clock=WallClock(), ahead=True, recorder=Full())
+    executor.warm_up()
+    pieces = executor._graphs._pieces  # noqa: SLF001 - what no output shows
+    assert not pieces.count()
+    assert not pieces._tails  # noqa: SLF001
+    assert not pieces._buffers  # noqa: SLF001
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,13 @@ from plans.plan import Plan
 from runtime.executor.base import Chunk, Step
 from runtime.parallel import merging
 from runtime.parallel.inputs import pack, rows_of_group, sampled_rows
-from runtime.parallel.kvp import exchange_of, merge_shards, pack_partial, unpack_partial
+from runtime.parallel.kvp import (
+    exchange_of,
+    has_kernels,
+    merge_shards,
+    pack_partial,
+    unpack_partial,
+)
 from runtime.parallel.table import Row, State, newest_shard, row_groups, step_groups
 from runtime.sampling_params import SamplingParams
 
@@ -268,6 +275,16 @@ def test_the_kernels_of_a_gpu_exchange_and_merge_the_same_rows(case, dtype):
             # the same arithmetic in fp32, but for how exp rounds; then one rounding to dtype
             atol = 2**-20 if dtype == torch.float32 else 2**-9
             torch.testing.assert_close(outs[group][at], expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "takes"), [(64, True), (80, False), (100, False), (128, True)]
+)
+def test_heads_that_are_no_power_of_two_merge_without_kernels(head_dim, takes):
+    """Triton would not compile them; the operations of a CPU run on any device."""
+    on_gpu = SimpleNamespace(is_cuda=True, shape=(3, 2, head_dim))
+    assert has_kernels(on_gpu) == takes
+    assert not has_kernels(torch.zeros(3, 2, head_dim))
 
 
 @pytest.mark.parametrize("kernel", ["pack_kernel", "merge_kernel"])
