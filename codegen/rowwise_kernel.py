@@ -159,14 +159,21 @@ class _Kernel:
             for segment in range(len(self.values[place].classes))
         ]
 
-    def scale(self, place: int, squares: str) -> str:
-        """1 / rms of a row."""
+    def scale(self, place: int, sums: Sequence[str]) -> list[str]:
+        """1 / rms of a row from the sums of its segments' squares."""
         step = self.values[place]
         assert isinstance(step, Step), "reductions are steps"
         width = sum_text(self.region, step.classes, "WIDTH")
         width = f"({width})" if " " in width else width
-        eps = stem_of(self.values[step.args[2]])
-        return f"{stem_of(step)}_scale = 1.0 / tl.sqrt({squares} / {width} + {eps})"
+        eps, own = stem_of(self.values[step.args[2]]), stem_of(step)
+        if len(sums) == 1:
+            return [f"{own}_scale = 1.0 / tl.sqrt({sums[0]}[:, None] / {width} + {eps})"]
+        return [
+            f"{own}_sum = {sums[0]}",
+            *(f"{own}_sum += {each}" for each in sums[1:]),
+            f"{own}_mean = {own}_sum[:, None] / {width}",
+            f"{own}_scale = 1.0 / tl.sqrt({own}_mean + {eps})",
+        ]
 
     def group(self, tile: Tile) -> int:
         """Class of a tile."""
@@ -220,8 +227,7 @@ class _Kernel:
                     f"tl.sum({self.name(each)} * {self.name(each)}, 1)"
                     for each in self.operand(place)
                 ]
-                squares = sums[0] if len(sums) == 1 else f"({' + '.join(sums)})"
-                lines.append(self.scale(place, f"{squares}[:, None]"))
+                lines += self.scale(place, sums)
             lines += self.compute(tile)
             if tile in outputs:
                 store = self.store(tile, at[tile])
@@ -262,9 +268,7 @@ class _Kernel:
             for group in sorted({self.group(tile) for each in wanted.values() for tile in each}):
                 lines += self.sums_loop(group, wanted, sums)
             for place in places:
-                squares = " + ".join(sums[place])
-                squares = f"({squares})" if len(sums[place]) > 1 else squares
-                lines.append(self.scale(place, f"{squares}[:, None]"))
+                lines += self.scale(place, sums[place])
         for group in sorted({self.group(tile) for tile in self.outputs()}):
             own = [tile for tile in self.outputs() if self.group(tile) == group]
             body = self.loop_tiles(group, own)

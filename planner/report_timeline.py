@@ -27,6 +27,8 @@ WINDOW = 40
 """Steps of the mix that are drawn."""
 CHUNKS = 16
 """Chunks at the beginning and at the end of the long prompt that are drawn."""
+MOST_SLICES = 1600
+"""Of one drawing, where there are many stages."""
 DECODES = 3
 WIDE = 900
 LEFT = 78.0
@@ -163,7 +165,8 @@ def long_figure(plan: Plan) -> Figure:
     slices = lone_prompt(plan, tokens)
     last = max(each.number for each in slices)
     chunks = last + 1 - DECODES
-    shown = CHUNKS + plan.parallelism.spp
+    stages = plan.parallelism.spp
+    shown = min(CHUNKS + stages, max(CHUNKS, MOST_SLICES // stages))
     name = tokens_text(tokens)
     head = [each for each in slices if each.number < shown]
     tail = [each for each in slices if each.number > last - shown]
@@ -188,7 +191,8 @@ def long_figure(plan: Plan) -> Figure:
 
 def mix_figure(plan: Plan, seen: Seen) -> Figure | None:
     """The busiest stretch of the replayed mix."""
-    window = _busiest(seen)
+    stages = plan.parallelism.spp
+    window = _busiest(seen, min(WINDOW, max(CHUNKS, MOST_SLICES // stages)))
     if not window:
         return None
     slices = []
@@ -231,17 +235,17 @@ def mix_figure(plan: Plan, seen: Seen) -> Figure | None:
     )
 
 
-def _busiest(seen: Seen) -> tuple[StepSlice, ...]:
+def _busiest(seen: Seen, length: int) -> tuple[StepSlice, ...]:
     """The stretch in which most kinds of work and most requests meet; the first such."""
     best, most = 0, (-1, -1)
     steps = seen.steps
-    for first in range(0, max(len(steps) - WINDOW, 0) + 1, WINDOW // 4):
-        part = steps[first : first + WINDOW]
+    for first in range(0, max(len(steps) - length, 0) + 1, length // 4):
+        part = steps[first : first + length]
         kinds = len({_kind(each, seen) for each in part})
         requests = len({one.request for each in part for one in each.chunks})
         if (kinds, requests) > most:
             best, most = first, (kinds, requests)
-    return steps[best : best + WINDOW]
+    return steps[best : best + length]
 
 
 def _kind(step: StepSlice, seen: Seen) -> str:

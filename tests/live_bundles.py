@@ -61,6 +61,7 @@ def weighted(tokens_T1, pages, inputs):
     place_S = torch.arange(table_TP.shape[1] * page_tokens)
     seen_TS = keys[table_TP[:, place_S // page_tokens] * page_tokens + place_S % page_tokens].long()
     if not inputs.recorded:
+        assert int(inputs.kv_lens_B.max()) <= table_TP.shape[1] * page_tokens
         assert bool((inputs.positions_T < inputs.kv_lens_B[sequence_T]).all())
     own_TS = place_S <= inputs.positions_T[:, None]
     return ((place_S + 1) * (seen_TS + 1) * own_TS).sum(1, keepdim=True)

@@ -26,7 +26,7 @@ from plans.plan import Plan
 TILES_MAX = 12
 """Segments that a region reads and writes: more do not stay in registers."""
 CLASSES_MAX = 4
-NAME_LETTERS_MAX = 40
+NAME_LETTERS_MAX = 30
 FLOATS = ("bf16", "fp16", "fp32")
 
 

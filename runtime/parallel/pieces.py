@@ -215,16 +215,24 @@ class StepPieces:
     def _record(self, size: int, rows: int) -> None:
         """Records the pieces of a size and the tail of so many rows, where they are missing."""
         overwrite(self._numbers, self._padded(size))
-        nobody, nothing = np.array([self._residents.nobody]), np.zeros(0, dtype=np.int64)
+        nothing = np.zeros(0, dtype=np.int64)
+        # in sequences that a row of the page table can hold
+        starts = np.append(np.arange(0, size, self._residents.most_tokens), size)
+        kv_lens = np.diff(starts)
+        nobody = np.full(len(kv_lens), self._residents.nobody)
         step = PackedStep(
             known_T=np.zeros(size, dtype=np.int64),
             positions_T=np.arange(size),
-            place_T=nobody.repeat(size),
-            starts_B1=np.array([0, size]),
-            kv_lens_B=np.array([size]),
+            place_T=np.full(size, self._residents.nobody),
+            starts_B1=starts,
+            kv_lens_B=kv_lens,
             rows_R=nothing,
             place_R=nothing,
-            host=HostInputs(query_starts=(0, size), kv_lens=(size,), causal=(True,)),
+            host=HostInputs(
+                query_starts=tuple(starts.tolist()),
+                kv_lens=tuple(kv_lens.tolist()),
+                causal=(True,) * len(kv_lens),
+            ),
         )
         inputs = self._inputs(size, step, nobody)
         recording = _Recording(self, inputs, size=size, rows=rows)

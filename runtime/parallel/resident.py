@@ -46,6 +46,8 @@ class Residents:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         """Nobody has a place; the last one stays nobody's, for padding."""
         self.page_tokens = plan.kv.page_tokens
+        self.most_tokens = plan.kv.tokens_per_kvp_shard
+        """Of a request: what a row of the table holds."""
         self.nobody = plan.limits.sequences
         self._device = device
         pages = -(-plan.kv.tokens_per_kvp_shard // plan.kv.page_tokens)

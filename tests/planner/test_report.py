@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,7 @@ def test_nothing_in_the_chart_beats_the_frontier(case):
     plot = Plot.of(page, "chart-rate")
     (line,) = plot.group.all("polyline", **{"class": "frontier"})
     steps = plot.points(line)
+    assert all(later.high >= earlier.low for (_, earlier), (_, later) in pairwise(steps))
     for _, each in shapes(given_.found):
         reached = [up.high for across, up in steps if across.low <= each.ttft_longest_s]
         assert score(each.world, each) <= max(reached) * (1 + 1e-9)
@@ -229,9 +231,12 @@ def test_memory_bars_are_the_plans_memory_and_no_stage_exceeds_the_worst(case):
     given_, page = case
     memory = given_.plan.memory
     plot = Plot.of(page, "chart-memory")
+    filled = 0
     for part in ("weights", "activations", "reserved", "kv"):
         (bar,) = plot.group.all("rect", data_row="worst of all", data_part=part)
         assert getattr(memory, f"{part}_bytes") / 1e9 in plot.x.length(bar["width"])
+        assert filled / 1e9 in plot.x.number(bar["x"])
+        filled += getattr(memory, f"{part}_bytes")
     rows = stage_rows(given_.plan)
     for part in ("weights", "kv"):
         most = getattr(memory, f"{part}_bytes")

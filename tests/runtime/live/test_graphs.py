@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from builders import make_plan, tiny_model, tiny_topology
@@ -238,6 +239,23 @@ def test_memory_that_is_missing_beside_the_pages_is_an_error_that_says_so(progra
     monkeypatch.setattr(live, "StepGraphs", full)
     with pytest.raises(MedhaError, match=r"ran out of memory on cpu.*fewer pages"):
         LiveExecutor(toy_plan(), program, {}, clock=WallClock(), recorder=TapeRecorder())
+
+
+def test_steps_of_more_tokens_than_a_request_may_have_are_recorded_within_the_table(program):
+    """A table's row ends with the longest request: a kernel would read beyond it, unseen."""
+    plan = toy_plan()
+    scheduler = msgspec.structs.replace(plan.scheduler, max_step_tokens=640)
+    plan = toy_plan(scheduler=scheduler)
+    assert plan.kv.tokens_per_kvp_shard == 256
+    executor, _ = recording(plan, program)
+    assert executor._graphs.count()[1] == 10  # noqa: SLF001 - what no output shows
+    hand = HandScheduler(plan, executor)
+    prompts = [[(7 * number + at) % TOY_VOCAB for at in range(150)] for number in range(4)]
+    for number, prompt in enumerate(prompts):
+        hand.add(number, prompt, GREEDY)
+    hand.step(dict.fromkeys(range(4), 150))
+    hand.step(dict.fromkeys(range(4), 1))
+    assert hand.answers == {n: toy_answer(prompt, 2) for n, prompt in enumerate(prompts)}
 
 
 def test_a_recording_that_fails_leaves_nothing_of_itself(program):
