@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from planner.hf_config import read_config
+from plans.check_layout import workload_problems
 from plans.codec import load_file
 from plans.errors import InvalidFile, UnknownName, UsageError
 from plans.model import Model
@@ -24,6 +25,8 @@ Kind = Literal["devices", "models", "topologies", "workloads"]
 CATALOG = Path(__file__).with_name("catalog")
 MODEL_ALIASES = CATALOG / "model_aliases.yaml"
 FILE_SUFFIXES = (".yaml", ".yml")
+MOST_PER_NODE = 1024
+"""Devices of a node; a graph of many more would be built for minutes before it is refused."""
 
 
 @cache
@@ -70,6 +73,9 @@ def load_node_type(name_or_file: str | Path) -> NodeType:
     """Node type of the catalog, or of a user's topology file; raises UnknownName, InvalidFile."""
     path = _entry_path("topologies", "node type", name_or_file)
     node = load_file(path, NodeType)
+    if node.devices_per_node > MOST_PER_NODE:
+        problem = f"{node.devices_per_node} are too many; nearest: {MOST_PER_NODE}"
+        raise InvalidFile(str(path), "devices_per_node", problem)
     for scope in ("node", "cluster"):
         if sum(link.scope == scope for link in node.links) > 1:
             raise InvalidFile(str(path), "links", f"at most one link has scope {scope}")
@@ -88,7 +94,11 @@ def load_node_type(name_or_file: str | Path) -> NodeType:
 
 def load_workload(name_or_file: str | Path) -> Workload:
     """Workload of the catalog or of a YAML file; raises UnknownName, InvalidFile."""
-    return load_file(_entry_path("workloads", "workload", name_or_file), Workload)
+    path = _entry_path("workloads", "workload", name_or_file)
+    workload = load_file(path, Workload)
+    for field, text in workload_problems(workload):
+        raise InvalidFile(str(path), field, text)
+    return workload
 
 
 def topology_for(
@@ -194,7 +204,7 @@ def _entry_path(kind: Kind, what: str, name_or_file: str | Path) -> Path:
     name = _resolve(text, _own_names(kind))
     if name is not None:
         return _path(kind, name)
-    if isinstance(name_or_file, Path) or text.endswith(FILE_SUFFIXES) or Path(text).is_file():
+    if text.endswith(FILE_SUFFIXES) or Path(text).name != text or Path(text).is_file():
         return Path(text).expanduser()
     raise UnknownName(what, text, names(kind))
 

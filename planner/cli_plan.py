@@ -18,7 +18,7 @@ from planner.question import (
     tokens,
 )
 from plans.errors import InvalidFile, MedhaError, UsageError
-from runtime.interrupts import INTERRUPTED, loading
+from runtime.interrupts import INTERRUPTED, loading, unwinding
 
 if TYPE_CHECKING:
     from planner.search import NoPlan
@@ -114,7 +114,7 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle that is there.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Recorded in the plan.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Recorded in the plan.")] = 0,
     prompt_tokens: Annotated[
         str | None,
         typer.Option(metavar="N", help="With PLAN.yaml: also predict a prompt of this length."),
@@ -133,6 +133,7 @@ def plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     """Plans the serving of a model on a number of GPUs and writes the bundle that runs it."""
     try:
         if schema:
+            _refuse_other_flags(context, {"schema"}, "--schema stands alone")
             _print_schema()
         elif detect:
             _refuse_other_flags(context, {"detect"}, "--detect stands alone")
@@ -197,7 +198,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def _refuse_other_flags(context: typer.Context, allowed: set[str], rule: str) -> None:
     """A flag that decides a search would be ignored beside a plan, and the answer misread."""
     given = [
-        max(parameter.opts, key=len)
+        "PLAN.yaml" if parameter.name == "plan_file" else max(parameter.opts, key=len)
         for parameter in context.command.params
         if parameter.name not in allowed and _is_given(context, str(parameter.name))
     ]
@@ -409,7 +410,8 @@ def _check_given(given: "Plan", where: Path) -> None:
 def main() -> None:
     """Entry point: errors go to stderr, the status is the error's."""
     try:
-        app()
+        with unwinding():
+            app()
     except MedhaError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_status) from None

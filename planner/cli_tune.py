@@ -6,10 +6,12 @@ the catalog's own form below --out, tuned/<device>/<op>.yaml and profiles/<devic
 """
 
 import datetime as dt
+import math
 import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plans.errors import MedhaError, UsageError
-from runtime.interrupts import INTERRUPTED, loading
+from runtime.interrupts import INTERRUPTED, loading, unwinding
 
 if TYPE_CHECKING:
     from codegen.tune import Outcome
@@ -70,12 +72,15 @@ def tune(
 
         if effort not in EFFORTS:
             raise UsageError(f"--effort {effort}: one of {', '.join(EFFORTS)}")
+        if not 0 < limit_s < math.inf:
+            raise UsageError(f"--limit-s {limit_s:g}: not a time above 0, such as {LIMIT_S:g}")
         ops, tables = (text.split(",") if text else [] for text in (op, table))
         _check_tables(tables)
         if dry_run:
             _list(kernels or both, profile or both, effort, ops, tables)
             return
         device = _device()
+        _check_writable(out, install=install)
         if kernels or both:
             _tune(device, out, effort, ops, install=install)
         if profile or both:
@@ -384,18 +389,36 @@ def _say(what: str, taken: "Taken") -> None:
         )
 
 
+def _check_writable(out: Path, *, install: bool) -> None:
+    """Raises UsageError before minutes of measuring whose results could not be written."""
+    from planner.profiles import PROFILES
+    from planner.tuned import TUNED
+
+    installed = [("--install", PROFILES), ("--install", TUNED)] if install else []
+    for flag, folder in (("--out", out), *installed):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UsageError(f"{flag}: {folder} cannot be written: {error.strerror}") from None
+
+
 def _install(folder: Path, target: Path) -> None:
-    """Copies files over the catalog's."""
+    """Copies files over the catalog's, each whole or not at all."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir()):
-        shutil.copyfile(path, target / path.name)
+    for path in sorted(folder.glob("[!.]*")):
+        whole = target / f".{path.name}.tmp"
+        shutil.copyfile(path, whole)
+        whole.replace(target / path.name)
     print(f"installed {folder} as {target}")
 
 
 def main() -> None:
     """Entry point: errors a user can meet become one message and their exit status."""
     try:
-        app()
+        with unwinding():
+            app()
     except MedhaError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_status) from None

@@ -41,10 +41,14 @@ COLUMNS = (
 
 def check_target(folder: Path, *, overwrite: bool) -> None:
     """Raises UsageError where the folder may not be written."""
-    if folder.is_dir() and not any(folder.iterdir()):
+    try:
+        folder.lstat()
+        if folder.is_dir() and not any(folder.iterdir()):
+            return
+    except FileNotFoundError:
         return
-    if not folder.exists() and not folder.is_symlink():
-        return
+    except OSError as error:  # a name too long, a file among the parents, a folder of others
+        raise UsageError(f"--out {folder}: {error.strerror}") from None
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder with --out")
     if not overwrite:

@@ -142,12 +142,20 @@ def read_profile(folder: Path) -> Profile:
 def read_table(path: Path) -> tuple[Row, ...]:
     """Rows of one CSV file, sorted by key; raises InvalidFile."""
     keys = KEYS[path.stem]
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidFile(str(path), "", f"is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise InvalidFile(str(path), "", f"cannot be read: {error.strerror}") from None
     if not text.strip():
         raise InvalidFile(str(path), "", "is empty; medha-tune --profile writes it anew")
     if text.startswith("version https://git-lfs"):
         raise InvalidFile(str(path), "", "is a pointer of Git LFS, not the data")
-    lines = list(csv.reader(text.splitlines()))
+    try:
+        lines = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        raise InvalidFile(str(path), "", f"is no CSV: {error}") from None
     if tuple(lines[0]) != (*keys, *VALUES):
         raise InvalidFile(
             str(path),
@@ -179,10 +187,11 @@ def _row(path: Path, number: int, keys: tuple[str, ...], line: list[str]) -> Row
     for name, text in zip(keys, line, strict=False):
         if name in TEXTS:
             key.append(text)
-        elif re.fullmatch(r"0|[1-9][0-9]*", text):
+        elif re.fullmatch(r"0|[1-9][0-9]{0,17}", text):
             key.append(int(text))
         else:
-            raise InvalidFile(str(path), f"{where}: {name}", f"{text!r} is no whole number")
+            problem = f"{text[:40]!r} is no whole number below 1e18"
+            raise InvalidFile(str(path), f"{where}: {name}", problem)
     role, us, spread_us = line[len(keys) :]
     if role not in {"fit", "check"}:
         raise InvalidFile(str(path), f"{where}: role", f"{role!r} is neither fit nor check")
@@ -212,8 +221,9 @@ def write_table(folder: Path, table: str, rows: Iterable[Row]) -> Path:
         ",".join((*map(str, row.key), row.role, f"{row.us:.6g}", f"{row.spread_us:.3g}"))
         for row in ordered
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    whole = folder / f".{table}.csv.tmp"  # a reader, or a run cut short, sees no part of it
+    whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return whole.replace(path)
 
 
 def catalog_device(torch_name: str, memory_bytes: int) -> str | None:

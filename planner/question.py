@@ -11,6 +11,8 @@ from plans.errors import UsageError
 DEFAULT_WORKLOAD = "paper-mix-5"
 DEFAULT_HARDWARE = "h100"
 DEFAULT_OBJECTIVE = "goodput"
+LEAST_RATE_RPS = 1e-9
+"""One request in 30 years; gaps between the arrivals of much less are no longer numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,7 @@ class Question:
 
 def tokens(flag: str, text: str) -> int:
     """Tokens with an optional k or m, 1024-based; raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)", text.strip())
     unit = {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()] if match else 0
     count = float(match[1]) * unit if match else 0.0
     if count < 1 or count != math.floor(count):
@@ -78,11 +80,14 @@ def seconds(flag: str, text: str) -> float:
 
 
 def rate(flag: str, text: str) -> float:
-    """Requests a second, a number above 0; raises UsageError."""
+    """Requests a second, from LEAST_RATE_RPS on; raises UsageError."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < math.inf:
-        raise UsageError(f"{flag} {text}: not a number of requests a second, such as 0.5")
+    if not LEAST_RATE_RPS <= value < math.inf:
+        raise UsageError(
+            f"{flag} {text}: not a number of requests a second, such as 0.5;"
+            f" at least {LEAST_RATE_RPS:g}"
+        )
     return value

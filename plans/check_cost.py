@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from math import inf
 
-from plans.chunks import WorkTable, add_sharded_chunk, split_prompt
+from plans.chunks import ChunkRow, WorkTable, add_sharded_chunk, split_prompt
 from plans.model import DTYPE_BYTES
 from plans.plan import Plan, Replay
 from plans.steptime import Knot, StepLoad
 
+MOST_CHUNKS = 1 << 20
+"""Of one prompt; checks and predictions visit each. 27m tokens in chunks of 32 have fewer."""
 LITTLE = 0.01
 """Relative difference that is allowed between the two sides of Little's law."""
 SLOWDOWN = 0.5
@@ -59,6 +61,8 @@ def chunks(plan: Plan) -> Iterator[tuple[str, str]]:
             "prefill.chunks",
             f"end at {reach} tokens, limits.context_tokens is {plan.limits.context_tokens}",
         )
+    if (count := _chunks_at_most(rows)) > MOST_CHUNKS:
+        yield "prefill.chunks", f"{count} chunks in the longest prompt; at most {MOST_CHUNKS}"
     for row, each in enumerate(rows):
         if each.chunk_tokens > most:
             yield (
@@ -79,6 +83,15 @@ def chunks(plan: Plan) -> Iterator[tuple[str, str]]:
                     "chunks never grow with the prefix"
                 ),
             )
+
+
+def _chunks_at_most(rows: tuple[ChunkRow, ...]) -> int:
+    """Chunks of a prompt that ends where the rows end, not counting cuts between KV shards."""
+    starts = (0, *(each.until_tokens for each in rows))
+    return sum(
+        -(-(each.until_tokens - start) // each.chunk_tokens)
+        for start, each in zip(starts, rows, strict=False)
+    )
 
 
 def chunk_seconds(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from plans.mesh import axis_ranks
 from plans.plan import Plan
 from plans.topology import fabric_problems
-from plans.workload import Quantile
+from plans.workload import Quantile, Workload
 
 SHARE_TOLERANCE = 1e-6
 """Absolute: shares are written with a few digits, such as 0.333333."""
@@ -149,20 +149,25 @@ def _quantiles(table: tuple[Quantile, ...], path: str) -> Iterator[tuple[str, st
 
 
 def workload(plan: Plan) -> Iterator[tuple[str, str]]:
-    classes = plan.workload.classes
-    if not classes:
-        yield "workload.classes", "is empty, at least one class is needed"
+    for path, text in workload_problems(plan.workload):
+        yield f"workload.{path}", text
+
+
+def workload_problems(given: Workload) -> Iterator[tuple[str, str]]:
+    """(path, message) for each rule that a workload breaks, in a plan or in a file of its own."""
+    if not given.classes:
+        yield "classes", "is empty, at least one class is needed"
         return
-    for row, each in enumerate(classes):
-        yield from _quantiles(each.input_tokens, f"workload.classes[{row}].input_tokens")
-        yield from _quantiles(each.output_tokens, f"workload.classes[{row}].output_tokens")
-    for name, times in Counter(each.name for each in classes).items():
+    for row, each in enumerate(given.classes):
+        yield from _quantiles(each.input_tokens, f"classes[{row}].input_tokens")
+        yield from _quantiles(each.output_tokens, f"classes[{row}].output_tokens")
+    for name, times in Counter(each.name for each in given.classes).items():
         if times > 1:
-            yield "workload.classes", f"{name!r} names {times} classes"
-    total = sum(each.share for each in classes)
+            yield "classes", f"{name!r} names {times} classes"
+    total = sum(each.share for each in given.classes)
     if abs(total - 1) > SHARE_TOLERANCE:
-        terms = " + ".join(str(each.share) for each in classes)
-        yield "workload.classes", f"shares {terms} = {total}, not 1"
+        terms = " + ".join(str(each.share) for each in given.classes)
+        yield "classes", f"shares {terms} = {total}, not 1"
 
 
 def targets(plan: Plan) -> Iterator[tuple[str, str]]:

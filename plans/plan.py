@@ -26,7 +26,7 @@ class MadeBy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     medha: str
     """Version of the planner."""
     effort: str
-    seed: int
+    seed: Annotated[int, Meta(ge=0)]
     command: str
     """Shell command that makes the plan again."""
 
@@ -119,8 +119,8 @@ class Replay(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
 
     policy: str
-    seed: int
-    arrival_rps: float
+    seed: Annotated[int, Meta(ge=0)]
+    arrival_rps: Annotated[float, Meta(gt=0)]
     """Offered to all replicas together."""
     duration_s: float
     """Virtual seconds from the first arrival to where the run was stopped."""

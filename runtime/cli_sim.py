@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from plans.errors import MedhaError, UsageError
-from runtime.interrupts import INTERRUPTED
+from runtime.interrupts import INTERRUPTED, unwinding
 from runtime.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
@@ -385,7 +385,8 @@ def _plot(path: Path, plan: "Plan", served: "list[Served]") -> None:
 def main() -> None:
     """Entry point of the command."""
     try:
-        app()
+        with unwinding():
+            app()
     except MedhaError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_status) from None

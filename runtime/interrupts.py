@@ -1,4 +1,4 @@
-"""Ctrl-C while a large library loads: ends the process at once, as nothing is half-done yet."""
+"""Being told to end: what is half-written goes, and the status is the one that shells report."""
 
 import os
 import signal
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
+TERMINATED = 143
+"""After SIGTERM."""
 
 
 @contextmanager
@@ -16,13 +18,32 @@ def loading() -> Iterator[None]:
     Python's own handler raises between any two lines; inside the start-up code of torch, which is
     C++, that aborts with a core dump.
     """
-    before = signal.signal(signal.SIGINT, _leave)
+    before = signal.signal(signal.SIGINT, _leave), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM inside runs the clean-up of whatever is open, as Ctrl-C does. For the main thread.
+
+    By default the process would be gone at once and leave its hidden, half-written files.
+    """
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _leave(number: int, frame: object) -> None:
     os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one need not wait for the first
+    raise SystemExit(TERMINATED)
