@@ -30,7 +30,8 @@ Law = Callable[[Floats, Floats], Floats]
 Features = Callable[[Heads, int, int], tuple[float, ...]]
 
 SPREAD = 0.05
-"""A row whose own spread is this share counts half."""
+"""A row whose own spread is this share counts half for the constants, and for its neighbours as
+if it lay a step of the grid away."""
 OCTAVES = 2.0
 """Distance at which a neighbour's share counts as one unit: a step of the measured grid."""
 NEAR = 1e-3
@@ -52,18 +53,19 @@ def chunk_features(heads: Heads, tokens: int, prefix: int) -> tuple[float, ...]:
     )
 
 
-CHUNK_START = (1.0, 0.2, 0.7, 0.8, 4.0, 0.35, 2.5, 0.1, 0.3, 3.0)
+CHUNK_START = (1.0, 0.2, 0.7, 0.8, 4.0, 0.35, 2.5, 0.1, 0.3, 2.0)
 """Where the search for the constants begins; it ends at the same from within a factor of two."""
 
 
 def chunk_us(logs: Floats, features: Floats) -> Floats:
     """The law of chunks."""
-    start, head, fixed, wide, wave, read, merge, piece, part, p = np.exp(logs)
+    start, head, fixed, wide, wave, read, merge, piece, part, sharp = np.exp(logs)
     tiles, waves, pieces, group, size, key_mb, part_mb = features.T
     run = tiles * (fixed + wide * size) + waves * wave
-    body = _joined(run, key_mb * read, p)
+    body = _joined(run, key_mb * read, sharp)
     merged = np.where(pieces > 0, merge + pieces * piece + part_mb * part, 0.0)
-    return start + group * head + body + merged
+    us: Floats = start + group * head + body + merged
+    return us
 
 
 def decode_features(heads: Heads, batch: int, keys: int) -> tuple[float, ...]:
@@ -77,27 +79,35 @@ def decode_features(heads: Heads, batch: int, keys: int) -> tuple[float, ...]:
     )
 
 
-DECODE_START = (3.0, 1.0, 1.5, 0.12, 1.0, 0.35, 11.0, 4.0)
+DECODE_START = (3.0, 1.0, 1.5, 0.12, 1.0, 0.35, 11.0, 3.0)
 """The same for decodes."""
 
 
 def decode_us(logs: Floats, features: Floats) -> Floats:
     """The law of decodes."""
-    start, head, merge, piece, wave, read, tile, p = np.exp(logs)
+    start, head, merge, piece, wave, read, tile, sharp = np.exp(logs)
     pieces, group, size, full, rest, at_once, tile_mb = features.T
 
     def wave_us(items: Floats) -> Floats:
-        return wave + size * _joined(items * tile_mb * read, tile_mb * tile, p)
+        us: Floats = wave + size * _joined(items * tile_mb * read, tile_mb * tile, sharp)
+        return us
 
     merged = np.where(pieces > 0, merge + pieces * piece * np.sqrt(group), 0.0)
     waves = full * wave_us(at_once) + np.where(rest > 0, wave_us(rest), 0.0)
-    return start + group * head + merged + waves
+    us: Floats = start + group * head + merged + waves
+    return us
 
 
-def _joined(a: Floats, b: Floats, p: float) -> Floats:
-    """(a^p + b^p)^(1/p) without overflow."""
+SHARPEST = 30.0
+"""Of p, from which on the longer of two times is all that counts."""
+
+
+def _joined(a: Floats, b: Floats, sharp: float) -> Floats:
+    """(a^p + b^p)^(1/p), p = 1 + sharp: from their sum to the longer of them."""
+    p = 1.0 + min(sharp, SHARPEST)
     high, low = np.maximum(a, b), np.minimum(a, b)
-    return high * (1.0 + (low / np.maximum(high, 1e-12)) ** p) ** (1.0 / p)
+    both: Floats = high * (1.0 + (low / np.maximum(high, 1e-12)) ** p) ** (1.0 / p)
+    return both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,18 +120,21 @@ class Fitted:
     at: dict[Heads, Floats]
     """Logarithms of the sizes of each set of heads' rows [R, 2]."""
     left: dict[Heads, tuple[Floats, Floats]]
-    """log(measured / law) of those rows and their weights."""
+    """log(measured / law) of those rows, and how far off their own spread puts each."""
 
     def law_us(self, heads: Heads, sizes: Sequence[tuple[int, int]]) -> Floats:
         """By the constants alone."""
-        return self.law(self.logs, np.array([self.features(heads, *each) for each in sizes]))
+        table = np.array([self.features(heads, *each) for each in sizes])
+        us: Floats = self.law(self.logs, table)
+        return us
 
     def us(self, heads: Heads, sizes: Sequence[tuple[int, int]], like: Heads) -> Floats:
         """Of calls of some heads, with the shares that measured heads `like` them have."""
-        at, (left, weight) = _where(sizes), self.left[like]
+        at, (left, noise) = _where(sizes), self.left[like]
         apart = ((at[:, None] - self.at[like]) / OCTAVES) ** 2
-        near = weight / (apart.sum(2) ** 2 + NEAR)
-        return self.law_us(heads, sizes) * np.exp(near @ left / near.sum(1))
+        near = 1.0 / (apart.sum(2) ** 2 + NEAR + noise)
+        us: Floats = self.law_us(heads, sizes) * np.exp(near @ left / near.sum(1))
+        return us
 
 
 def _where(sizes: Sequence[tuple[int, int]]) -> Floats:
@@ -134,12 +147,13 @@ def fitted(rows: Sequence[Row], law: Law, features: Features, start: Sequence[fl
     """The constants with the least sum of squared errors in logarithms."""
     keys = [tuple(int(part) for part in row.key) for row in rows]
     us = np.array([row.us for row in rows])
-    weight = 1.0 / (1.0 + (np.array([row.spread_us for row in rows]) / us / SPREAD) ** 2)
+    noise = (np.array([row.spread_us for row in rows]) / us / SPREAD) ** 2
     table = np.array([features((h, k, d), first, second) for h, k, d, first, second in keys])
-    root = np.sqrt(weight)
+    root = 1.0 / np.sqrt(1.0 + noise)
 
     def errors(logs: Floats) -> Floats:
-        return root * np.log(law(logs, table) / us)
+        off: Floats = root * np.log(law(logs, table) / us)
+        return off
 
     logs = _least(errors, np.log(np.array(start)))
     left = np.log(us / law(logs, table))
@@ -154,7 +168,7 @@ def fitted(rows: Sequence[Row], law: Law, features: Features, start: Sequence[fl
             heads: _where([(keys[number][3], keys[number][4]) for number in numbers])
             for heads, numbers in groups.items()
         },
-        left={heads: (left[numbers], weight[numbers]) for heads, numbers in groups.items()},
+        left={heads: (left[numbers], noise[numbers]) for heads, numbers in groups.items()},
     )
 
 

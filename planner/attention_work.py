@@ -5,6 +5,7 @@ counts for one chunk, and for decodes of one length, without its lists and witho
 them to the lists. Shapes are those of the kernels for Hopper.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -123,3 +124,81 @@ def decode_work(heads: Heads, batch: int, keys: int) -> DecodeWork:
 def power_of_two(limit: int) -> int:
     """The largest up to the limit."""
     return 1 << limit.bit_length() - 1
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+SMALL_ROWS = 64
+"""Rows of a tile of the portable kernel, of which two run on a processor."""
+SMALL_KEYS = 64
+DECODE_SLOTS = 17
+"""Partial results of decodes beside chunks, a block: they are cut into parts of an eighth of the
+step at least, 2 x 8 with a part begun, and a part is rounded down by a seventeenth at most."""
+
+
+def most_pieces(tiles: int, most: int, blocks: int, total: float = math.inf) -> int:
+    """No list of so many uncut items, the longest of `most` tiles of keys, is cut into more.
+
+    total  most tiles of keys of all items
+
+    For a cut into C pieces of s tiles at most, of N items with S tiles in sum, the kernel's rule
+    takes the time T(C) = waves x (s + w) + p C, with at most N + S / s items. It chooses the least,
+    which is no more than any T(C), and a choice of B items takes at least (S + w B) / blocks. So
+
+        w B <= N (s + w) + w S / s + blocks (s + w + p C)    for every C
+
+    and the bound is the least of them. In a mixed list the rule takes the longer of T(C) and of two
+    times that no cut shortens, for which the same holds.
+    """
+    if most <= 1 or tiles == 0:
+        return 0
+    split_c = np.arange(1, min(PIECES_MAX, most) + 1)
+    size_c = -(-most // split_c)
+    items_c = tiles * (size_c + WAVE_COST) + WAVE_COST * min(total, tiles * most) / size_c
+    bound_c = items_c + blocks * (size_c + WAVE_COST + PIECE_COST * split_c)
+    return min(int(bound_c.min() / WAVE_COST), tiles * PIECES_MAX)
+
+
+class LargestStep(NamedTuple):
+    """What limits the partial results of one layer's call."""
+
+    keys: int
+    """Of the longest sequence."""
+    tokens: int
+    sequences: int
+    least_tokens: int
+    """Of a chunk that is taken whatever it takes."""
+    products: float
+    """Multiplications and additions, counted as two, that all other chunks may take."""
+    read_bytes: float
+    """Keys and values that they may read from memory."""
+    hopper: bool
+    """Chunks have the kernel for Hopper, but for those that fill no tile of the portable one."""
+
+
+@lru_cache(maxsize=4096)
+def partials_bytes(heads: Heads, step: LargestStep) -> int:
+    """Most bytes of partial results of one call: fp32 outputs and their logarithms of sums."""
+    query_heads, kv_heads, head_dim = heads
+    group = query_heads // kv_heads
+    rows = 0
+    for hopper in {step.hopper, False}:
+        tile_rows, tile_keys = (TILE_ROWS, TILE_KEYS) if hopper else (SMALL_ROWS, SMALL_KEYS)
+        at_once = PROCESSORS if hopper else 2 * PROCESSORS
+        longest = -(-step.keys // tile_keys)
+        total = step.products / (4.0 * tile_rows * tile_keys * head_dim)
+        if step.hopper and not hopper:  # a tile of queries a sequence, so none reads keys again
+            total = min(total, step.read_bytes / (4.0 * tile_keys * head_dim))
+        uncut = TILES_A_BLOCK * at_once
+        slots = most_pieces(min(uncut, kv_heads * step.tokens), longest, at_once, total)
+        least = kv_heads * (-(-step.least_tokens // power_of_two(max(tile_rows // group, 1))) + 1)
+        slots = max(slots, most_pieces(min(uncut, least), longest, at_once))
+        rows = max(rows, (slots + DECODE_SLOTS * at_once) * max(tile_rows, _at_least(group)))
+    alone = PROCESSORS * DECODE_RESIDENT + step.sequences * kv_heads
+    rows = max(rows, alone * max(DECODE_ROWS, _at_least(group)))
+    return rows * (head_dim + 1) * 4
+
+
+def _at_least(limit: int) -> int:
+    """The least power of two from the limit on."""
+    return 1 << (limit - 1).bit_length()

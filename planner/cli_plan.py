@@ -244,6 +244,7 @@ def _search(
     from plans.plan import MadeBy
 
     device = load_device(ask.hardware)
+    _check_attention(ask.attention, device)
     loaded = load_model(ask.model, context_tokens=ask.context_tokens)
     machine = topology_for(device, ask.gpus, ask.topology)
 
@@ -307,6 +308,11 @@ def _search(
         if launch:
             tables.listed(tuple(f"bash {shlex.quote(str(folder / name))}" for name in launch.files))
             tables.say(*launch.lost_lines)
+
+
+def _check_attention(attention: str, device: "Device") -> None:
+    if attention != "ours" and device.kind == "cpu":
+        raise UsageError(f"--attention {attention}: {device.name} has no GPU; nearest: ours")
 
 
 def run_commands(folder: str, *, program: bool) -> tuple[str, ...]:

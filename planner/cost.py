@@ -8,7 +8,8 @@ from the device's file. The formula itself is in plans/steptime.py. T tokens of 
 
     matmul(T)   max(2 P T / peak, P x bytes / bandwidth) + row-wise bytes x T / bandwidth
                 with experts 2 P follows the experts of one token, P x bytes the experts visited
-    pair_s      4 x local heads x head_dim / peak                 QK and PV, causal pairs only
+    pair_s      4 x local heads x head_dim / peak                 QK and PV, causal pairs only;
+                keys in fp8 at 0.44 of the rate, as measured      (chunk_rate)
                 latent attention: on the compressed vectors, 2 (2 kv_rank + rope_dim) a head
     key_s       one tile of query rows a KV head, or K and V read once, whichever is longer
     comm        2 all-reduces: 2 (latency + 2 (t - 1) / t x hidden x bytes x T / link)
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from planner.measured import (
     FORMULA_ERROR,
     FORMULA_MARGIN,
+    FP8_CHUNK_TIME,
     TERMS,
     Links,
     Measured,
@@ -156,6 +158,13 @@ def attention_peak(world: World) -> float:
     return peak(world, activation_dtype(world.model) if fp8 else world.kv_dtype)
 
 
+def chunk_rate(world: World) -> float:
+    """Share of attention's rate that chunks reach: less over keys in fp8, whose cast goes through
+    shared memory in every tile (FP8_CHUNK_TIME, measured on an H100)."""
+    slow = world.kv_dtype == "fp8" and world.device.kind == "cuda"
+    return 1 / FP8_CHUNK_TIME if slow else 1.0
+
+
 def step_time(world: World, candidate: Candidate, placement: Placement) -> StepTime:
     """The formula's coefficients for one candidate."""
     return costed(world, candidate, placement).time
@@ -189,6 +198,7 @@ def roofline(world: World, candidate: Candidate, placement: Placement) -> StepTi
     key_read_s = rank.key_bytes / rank.bandwidth
     few_bytes = world.model.latent or world.kv_dtype == "fp8"  # many heads, one key; half the bytes
     decode_flops = rank.heads * rank.pair_flops if few_bytes else 0
+    chunk_peak = rank.attention_peak * chunk_rate(world)
     return StepTime(
         source="roofline",
         stage_layers=candidate.stage_layers,
@@ -198,8 +208,8 @@ def roofline(world: World, candidate: Candidate, placement: Placement) -> StepTi
             rank.ridge(),
             lambda rows: rank.layer_s(rows) + rows * rank.row_s(),
         ),
-        pair_s=rank.heads * rank.pair_flops / rank.attention_peak,
-        key_s=max(key_read_s, tile_flops / rank.attention_peak),
+        pair_s=rank.heads * rank.pair_flops / chunk_peak,
+        key_s=max(key_read_s, tile_flops / chunk_peak),
         decode_key_s=max(key_read_s, decode_flops / rank.attention_peak),
         decode_sequence_s=2 * rank.heads * width * rank.size / rank.bandwidth,
         comm_latency_s=ALL_REDUCES * _latency(tp_link),

@@ -49,18 +49,20 @@ class Estimate(NamedTuple):
     origin: Origin
 
 
-def nonnegative(columns: Floats, seconds: Floats) -> Floats:
+def nonnegative(columns: Floats, seconds: Floats, *, beside: float = 0.0) -> Floats:
     """Coefficients that are not negative with the least sum of squared relative errors.
 
     columns [R, C], at most four columns: every set of them is tried.
+    beside  what errors count relative to besides each row's own seconds
     """
-    scaled, count = columns / seconds[:, None], columns.shape[1]
+    scaled, count = columns / (seconds + beside)[:, None], columns.shape[1]
+    wanted = seconds / (seconds + beside)
     best, best_error = np.zeros(count), math.inf
     for size in range(1, count + 1):
         for chosen in itertools.combinations(range(count), size):
             part = scaled[:, chosen]
-            found = np.linalg.lstsq(part, np.ones(len(seconds)), rcond=None)[0]
-            error = float(np.sum((part @ found - 1.0) ** 2))
+            found = np.linalg.lstsq(part, wanted, rcond=None)[0]
+            error = float(np.sum((part @ found - wanted) ** 2))
             if (found >= 0).all() and error < best_error * (1 - 1e-12):
                 best, best_error = np.zeros(count), error
                 best[list(chosen)] = found

@@ -1,9 +1,13 @@
-"""Attention from measured rows: coefficients of the step-time formula by heads.
+"""Attention from measured rows: the time of a call, and coefficients of the step-time formula.
+
+A call of any size and heads follows the law of planner/attention_law.py. The formula knows less:
 
     a chunk     u(x) + max(a (L x + x (x + 1) / 2), g (L + x)): x queries behind a prefix of L
     decodes     c + s batch + g keys in sum
 
-No coefficient is negative. Other heads than the measured ones take the nearest, scaled by width.
+Its coefficients are fitted to the law over the calls that a plan can make: chunks up to its largest
+step and keys up to its context. None is negative. Heads that were not measured follow the law at
+their own tiles, with what it leaves of the most similar ones.
 """
 
 import math
@@ -12,9 +16,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from planner.attention_law import (
+    CHUNK_START,
+    DECODE_START,
+    Fitted,
+    chunk_features,
+    chunk_us,
+    decode_features,
+    decode_us,
+    fitted,
+)
+from planner.attention_work import Heads
 from planner.estimates import (
     MOST_FACTOR,
     MOST_LINEAR_FACTOR,
+    Estimate,
     Floats,
     Origin,
     OutOfRange,
@@ -23,8 +39,6 @@ from planner.estimates import (
 from planner.profiles import Row
 
 Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-Heads = tuple[int, int, int]
-"""Query heads and KV heads of one rank, head size."""
 
 
 class ChunkTime(NamedTuple):
@@ -95,53 +109,120 @@ def _slope(seconds: Floats, amount: Floats, weight: Floats, rows: Mask) -> float
 
 
 def fit_decode(batch: Floats, keys: Floats, seconds: Floats) -> DecodeTime:
-    """Least relative error."""
+    """Least error relative to a layer."""
     columns = np.stack([np.ones_like(batch), batch, batch * keys], axis=1)
-    return DecodeTime(*(float(each) for each in nonnegative(columns, seconds)))
+    found = nonnegative(columns, seconds, beside=BESIDE_S)
+    return DecodeTime(*(float(each) for each in found))
+
+
+LEAST_CHUNK = 32
+"""Tokens of the shortest chunk that coefficients are fitted to."""
+MOST_TOKENS = 8192
+"""Tokens of the longest, where nobody says."""
+BATCHES = tuple(1 << power for power in range(9))
+"""Decodes of a step that coefficients are fitted to."""
+FIRST_KEYS, KEYS_STEP = 256, 4
+"""Keys of the shortest of their sequences, and the ratio to the next."""
+MOST_KEY_BYTES = 64e9
+"""Keys and values of all sequences of a step in one layer: more than any device has."""
 
 
 class Attention:
-    """Coefficients of attention by heads, from tables whose last two columns are its sizes."""
+    """Times of attention by heads, from tables whose last two columns are a call's sizes."""
 
     def __init__(self, chunks: Sequence[Row], decodes: Sequence[Row]) -> None:
-        """Fits a set of heads when it is first asked for."""
-        self._chunks = _by_heads(chunks)
-        self._decodes = _by_heads(decodes)
-        self._chunk_fits: dict[Heads, ChunkTime] = {}
-        self._decode_fits: dict[Heads, DecodeTime] = {}
+        """Finds the constants of both laws; coefficients are fitted when they are asked for."""
+        self._chunks = fitted(chunks, chunk_us, chunk_features, CHUNK_START)
+        self._decodes = fitted(decodes, decode_us, decode_features, DECODE_START)
+        self._most_chunk_keys = _most_keys(chunks, with_first=True)
+        self._most_decode_keys = _most_keys(decodes, with_first=False)
+        self._chunk_fits: dict[tuple[Heads, int, int], ChunkTime] = {}
+        self._decode_fits: dict[tuple[Heads, int], DecodeTime] = {}
 
-    def chunk(self, heads: Heads, most_keys: int) -> tuple[ChunkTime, Origin]:
+    def chunk_s(self, heads: Heads, tokens: int, prefix: int) -> Estimate:
+        """Time of one chunk; raises OutOfRange."""
+        like, origin = self._like_chunk(heads, prefix + tokens)
+        us = self._chunks.us(heads, [(tokens, prefix)], like)
+        return Estimate(float(us[0]) * 1e-6, origin)
+
+    def decode_s(self, heads: Heads, batch: int, keys: int) -> Estimate:
+        """Time of decodes of so many keys each; raises OutOfRange."""
+        like, origin = self._like_decode(heads, keys)
+        us = self._decodes.us(heads, [(batch, keys)], like)
+        return Estimate(float(us[0]) * 1e-6, origin)
+
+    def chunk(
+        self, heads: Heads, most_keys: int, most_tokens: int = MOST_TOKENS
+    ) -> tuple[ChunkTime, Origin]:
         """Coefficients for contexts of up to most_keys; raises OutOfRange."""
-        nearest, factor = _nearest("attention_chunk", heads, self._chunks)
-        rows = self._chunks[nearest]
-        origin = _reach("attention_chunk", float(np.max(rows[0] + rows[1])), most_keys, factor)
-        if nearest not in self._chunk_fits:
-            self._chunk_fits[nearest] = fit_chunk(*rows)
-        found = self._chunk_fits[nearest]
-        wide, kv_wide = _widths(heads, nearest)
-        scaled = ChunkTime(found.at, found.start_s, found.pair_s * wide, found.key_s * kv_wide)
-        return scaled, origin
+        like, origin = self._like_chunk(heads, most_keys)
+        asked = (heads, most_keys, most_tokens)
+        if asked not in self._chunk_fits:
+            sizes = _chunk_sizes(most_keys, most_tokens)
+            us = self._chunks.us(heads, sizes, like)
+            tokens, prefix = np.array(sizes, dtype=float).T
+            self._chunk_fits[asked] = fit_chunk(tokens, prefix, us * 1e-6)
+        return self._chunk_fits[asked], origin
 
     def decode(self, heads: Heads, most_keys: int) -> tuple[DecodeTime, Origin]:
         """Coefficients for contexts of up to most_keys; raises OutOfRange."""
-        nearest, factor = _nearest("attention_decode", heads, self._decodes)
-        rows = self._decodes[nearest]
-        origin = _reach("attention_decode", float(np.max(rows[1])), most_keys, factor)
-        if nearest not in self._decode_fits:
-            self._decode_fits[nearest] = fit_decode(*rows)
-        found = self._decode_fits[nearest]
-        wide, kv_wide = _widths(heads, nearest)
-        return DecodeTime(found.start_s, found.sequence_s * wide, found.key_s * kv_wide), origin
+        like, origin = self._like_decode(heads, most_keys)
+        asked = (heads, most_keys)
+        if asked not in self._decode_fits:
+            _, kv_heads, head_dim = heads
+            sizes = [
+                (batch, keys)
+                for batch in BATCHES
+                for keys in _steps(FIRST_KEYS, KEYS_STEP, most_keys)
+                if 4.0 * kv_heads * head_dim * batch * keys <= MOST_KEY_BYTES
+            ]
+            us = self._decodes.us(heads, sizes, like)
+            batch, keys = np.array(sizes, dtype=float).T
+            self._decode_fits[asked] = fit_decode(batch, keys, us * 1e-6)
+        return self._decode_fits[asked], origin
+
+    def _like_chunk(self, heads: Heads, keys: int) -> tuple[Heads, Origin]:
+        return _like("attention_chunk", heads, keys, self._chunks, self._most_chunk_keys)
+
+    def _like_decode(self, heads: Heads, keys: int) -> tuple[Heads, Origin]:
+        return _like("attention_decode", heads, keys, self._decodes, self._most_decode_keys)
 
 
-def _by_heads(rows: Sequence[Row]) -> dict[Heads, tuple[Floats, Floats, Floats]]:
-    """First size, second size and seconds of the rows of each set of heads."""
-    groups: dict[Heads, list[tuple[float, float, float]]] = {}
+def _chunk_sizes(most_keys: int, most_tokens: int) -> list[tuple[int, int]]:
+    """Tokens and prefixes of chunks of a plan, evenly spread in logarithms."""
+    found = []
+    most_tokens = min(most_tokens, most_keys)
+    for tokens in _steps(min(LEAST_CHUNK, most_tokens), 2, most_tokens):
+        room = most_keys - tokens
+        prefixes = [0] if room < LEAST_CHUNK else [0, *_steps(min(512, room), 4, room)]
+        found += [(tokens, prefix) for prefix in prefixes]
+    return found
+
+
+def _steps(first: int, ratio: int, last: int) -> list[int]:
+    """first, first x ratio and so on, and last."""
+    found = [min(first, last)]
+    while found[-1] * ratio < last:
+        found.append(found[-1] * ratio)
+    return found if found[-1] == last else [*found, last]
+
+
+def _most_keys(rows: Sequence[Row], *, with_first: bool) -> dict[Heads, int]:
+    """Longest context among the rows of each set of heads."""
+    found: dict[Heads, int] = {}
     for row in rows:
         heads, kv_heads, head_dim, first, second = (int(part) for part in row.key)
-        found = groups.setdefault((heads, kv_heads, head_dim), [])
-        found.append((float(first), float(second), row.us * 1e-6))
-    return {heads: tuple(np.array(found).T) for heads, found in groups.items()}
+        key = (heads, kv_heads, head_dim)
+        found[key] = max(found.get(key, 0), second + (first if with_first else 0))
+    return found
+
+
+def _like(
+    term: str, heads: Heads, keys: int, law: Fitted, most: dict[Heads, int]
+) -> tuple[Heads, Origin]:
+    """Measured heads most like these, and how far the answer is from what was measured."""
+    nearest, factor = _nearest(term, heads, law.left)
+    return nearest, _reach(term, max(most.values()), keys, factor)
 
 
 def _nearest(term: str, heads: Heads, known: Iterable[Heads]) -> tuple[Heads, float]:
@@ -159,16 +240,9 @@ def _nearest(term: str, heads: Heads, known: Iterable[Heads]) -> tuple[Heads, fl
     return nearest, factor
 
 
-def _reach(term: str, measured: float, asked: int, factor: float) -> Origin:
+def _reach(term: str, measured: int, asked: int, factor: float) -> Origin:
     """Origin of coefficients for so many keys; other heads count from a factor of two on."""
     reach = asked / measured
     if reach > MOST_LINEAR_FACTOR:
-        raise OutOfRange(term, f"{asked} keys", f"up to {measured:.0f}", reach)
+        raise OutOfRange(term, f"{asked} keys", f"up to {measured}", reach)
     return Origin(max(reach, factor if factor > 2 else 1.0, 1.0), interpolated=True)
-
-
-def _widths(heads: Heads, nearest: Heads) -> tuple[float, float]:
-    """Ratios of the widths of queries and of keys."""
-    return heads[0] * heads[2] / (nearest[0] * nearest[2]), heads[1] * heads[2] / (
-        nearest[1] * nearest[2]
-    )

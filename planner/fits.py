@@ -2,7 +2,8 @@
 
     matrix products   a curve over tokens by shape; another shape takes the efficiency of its
                       neighbours, in logarithms
-    row-wise ops      a curve over tokens by width; another width takes the nearest, by elements
+    row-wise ops      a curve over tokens by width; another width takes the nearest, by elements, or
+                      lies between its neighbours where a program takes whole rows
     attention         planner/fit_attention.py
     collectives       latency + bytes x s, scaled to a ring of more devices
 
@@ -143,6 +144,12 @@ def _flat(
     return ((shape, t, us) for shape, found in points.items() for t, us in found)
 
 
+WHOLE_ROWS = ("add_rms_norm", "kv_write", "rms_norm")
+"""Row-wise ops of which a program takes a whole row, so that rows count, not elements. With one
+width of the fitted rows left out at a time the P90 of their errors is 6, 9 and 22 % instead of 14,
+20 and 16 on an H100, 9, 12 and 18 instead of 15, 43 and 16 on an H200."""
+
+
 class RowWise:
     """Times of ops on rows, by op, width and tokens."""
 
@@ -167,6 +174,14 @@ class RowWise:
         widths = [other for other_op, other in self._curves if other_op == op]
         if not widths:
             raise OutOfRange(op, f"width {width}", "nothing", math.inf)
+        if op in WHOLE_ROWS and min(widths) < width < max(widths) and width not in widths:
+            low = max(other for other in widths if other < width)
+            high = min(other for other in widths if other > width)
+            below, above = (self._curves[op, each].read(tokens) for each in (low, high))
+            share = (width - low) / (high - low)
+            factor = max(below.origin.factor, above.origin.factor)
+            seconds = (1 - share) * below.seconds + share * above.seconds
+            return Estimate(seconds, Origin(factor, interpolated=True))
         nearest = min(widths, key=lambda other: abs(math.log(other / width)))
         found = self._curves[op, nearest].read(tokens * width / nearest)
         if nearest == width:

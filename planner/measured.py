@@ -38,7 +38,16 @@ GRAPH_TOKENS = 256
 """Steps of more tokens have chunks; smaller ones are taken for decodes, which are one recorded
 launch up to this size (runtime/parallel/graphs.py)."""
 DTYPES = ("bf16", "fp16")
-"""Of weights and cache, for which a profile of bf16 holds."""
+"""Of weights and cache, for which a profile of bf16 holds; a cache in fp8 changes attention."""
+FP8_CHUNK_TIME = 2.3
+"""A chunk over keys in fp8, in the time over keys in bf16: 512 tokens on 131,072 keys take 3.36 ms
+on an H100, 0.44 of the rate (bench/results/attention_peers_h100_202611.md)."""
+FP8_DECODE_TIME = 0.59
+"""The same of decodes: median of the five there, 0.55 to 0.64."""
+FP8_NOTE = (
+    f"attention over keys in fp8: that in bf16, measured, x {FP8_CHUNK_TIME} for chunks (512 tokens"
+    f" on 131,072 keys) and x {FP8_DECODE_TIME} for decodes, as on an H100"
+)
 ALL_REDUCES = 2
 """Collectives of a layer: after the attention output and after the MLP."""
 FORMULA_ERROR = 0.3
@@ -52,7 +61,8 @@ TYPICAL_STEPS: tuple[tuple[tuple[tuple[int, int], ...], tuple[int, ...]], ...] =
     ((), (8192,) * 16),
 )
 """Chunks and decodes of the steps by whose parts the terms' errors are weighted."""
-TERMS = ("matmul", "attention", "collectives", "merge", "hop", "head", "overhead")
+ATTENTION = "attention"
+TERMS = ("matmul", ATTENTION, "collectives", "merge", "hop", "head", "overhead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,7 @@ class _Terms:
 
     origins: dict[str, Origin] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def took(self, term: str, origin: Origin) -> None:
         """Keeps the weakest origin of a term."""
@@ -95,7 +106,8 @@ def usable(world: World) -> bool:
     """Whether a profile of dense models in bf16 speaks of this one."""
     model = world.model
     plain = model.experts is None and model.latent is None
-    return plain and model.weight_dtype in DTYPES and world.kv_dtype in DTYPES
+    kept = world.kv_dtype in DTYPES or world.kv_dtype == "fp8"
+    return plain and model.weight_dtype in DTYPES and kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,15 +175,24 @@ def measured(
             terms.origins.pop(term, None)
             terms.refused[term] = str(error)
     time = structs.replace(base, source="profile", **changes)
-    band = _weighted(time, terms, ready.errors, FORMULA_ERROR)
-    margin = _weighted(time, terms, ready.short, FORMULA_MARGIN)
+    # one chunk in fp8 was measured and no row held out: its error is that of a formula
+    known = TERMS if world.kv_dtype != "fp8" else tuple(each for each in TERMS if each != ATTENTION)
+    errors, short = (
+        {term: error for term, error in each.items() if term in known}
+        for each in (ready.errors, ready.short)
+    )
+    band = _weighted(time, terms, errors, FORMULA_ERROR)
+    margin = _weighted(time, terms, short, FORMULA_MARGIN)
     return Measured(
         time=structs.replace(time, margin=round(margin, 4)),
         provenance={
             term: str(terms.origins[term]) if term in terms.origins else "formula" for term in TERMS
         },
         error_band=round(band, 4),
-        notes=tuple(f"{term} by formula: {why}" for term, why in terms.refused.items()),
+        notes=(
+            *(f"{term} by formula: {why}" for term, why in terms.refused.items()),
+            *terms.notes,
+        ),
     )
 
 
@@ -226,10 +247,15 @@ class _Shapes:
 def _attention(ready: Prepared, world: World, rank: _Shapes, terms: _Terms) -> dict[str, float]:
     """Coefficients of pairs and keys; what is left is part of the layer's table."""
     chunk, decode = _attention_fits(ready, world, rank, terms)
+    slower, read = 1.0, 1.0
+    if world.kv_dtype == "fp8":
+        slower, read = FP8_CHUNK_TIME, FP8_DECODE_TIME
+        terms.took(ATTENTION, Origin(FP8_CHUNK_TIME, interpolated=True))
+        terms.notes.append(FP8_NOTE)
     return {
-        "pair_s": chunk.pair_s,
-        "key_s": chunk.key_s,
-        "decode_key_s": decode.key_s,
+        "pair_s": slower * chunk.pair_s,
+        "key_s": slower * chunk.key_s,
+        "decode_key_s": read * decode.key_s,
         "decode_sequence_s": decode.sequence_s,
     }
 
@@ -240,7 +266,8 @@ def _attention_fits(
     if ready.fits.attention is None:
         raise OutOfRange("attention", "any", "nothing", np.inf)
     heads, context = (rank.heads, rank.kv_heads, rank.head_dim), world.limits.context_tokens
-    chunk, origin = ready.fits.attention.chunk(heads, context)
+    most = world.scheduler.max_step_tokens
+    chunk, origin = ready.fits.attention.chunk(heads, context, most)
     terms.took("attention", origin)
     decode, origin = ready.fits.attention.decode(heads, context)
     terms.took("attention", origin)

@@ -4,11 +4,16 @@
 
 Weights are sharded over tp, replicated over kvp; KV heads are replicated once tp exceeds them. The
 embedding is on the first stage, the head on the last, a tied matrix on both. Activations follow the
-largest step (scheduler.max_step_tokens), never the prompt.
+largest step (scheduler.max_step_tokens), never the prompt, but for the partial results of attention
+whose keys are cut in pieces: about the square root of the context (planner/attention_work.py).
+
+What CUDA graphs hold is a part of reserved_bytes: GRAPHS_BYTES of it on the catalog's devices of
+80 GB and more.
 """
 
 from dataclasses import dataclass
 
+from planner.attention_work import LargestStep, partials_bytes
 from planner.space import Candidate, Stages
 from planner.world import World
 from plans.errors import Infeasible
@@ -82,21 +87,76 @@ def activation_dtype(model: Model) -> str:
     return "bf16" if model.weight_dtype == "fp8" else model.weight_dtype
 
 
-def activations_bytes(world: World, candidate: Candidate) -> int:
+GRAPHS_BYTES = 1 << 30
+"""What CUDA graphs may hold, as the devices of the catalog set aside in reserved_bytes: assumed."""
+GRAPH_TOKENS, GRAPH_SEQUENCES = 2048, 256
+"""The largest recorded step (runtime/parallel/pieces.py) and most recorded sampled rows."""
+
+
+def graph_buffers_bytes(world: World, candidate: Candidate) -> int:
+    """What recorded steps hold: they share one pool of the buffers of the largest, and logits.
+
+    A part of GRAPHS_BYTES; the driver's record of their kernels is the rest of it.
+    """
+    tokens = min(GRAPH_TOKENS, world.scheduler.max_step_tokens)
+    sequences = min(GRAPH_SEQUENCES, world.limits.sequences)
+    return tokens * _row_bytes(world, candidate) + _logits_bytes(world, candidate, sequences)
+
+
+def attention_partials_bytes(world: World, candidate: Candidate, context_tokens: int) -> int:
+    """Most that one layer's attention holds of partial results; 0 without our kernels for GPUs.
+
+    Chunks beyond the least one keep the longer of the step budgets (runtime/scheduler/pack.py), and
+    no device does more in that time than its data sheet says.
+    """
+    model, p, how = world.model, candidate.parallelism, world.scheduler
+    if world.device.compute_capability is None or model.latent is not None:
+        return 0
+    peaks = world.device.peak_flops_per_s
+    layer_s = max(how.idle_budget_s, how.step_budget_s) / model.layers
+    step = LargestStep(
+        keys=shard_of(context_tokens, candidate.groups, world.page_tokens),
+        tokens=how.max_step_tokens,
+        sequences=world.limits.sequences,
+        least_tokens=how.min_chunk_tokens,
+        products=layer_s * peaks.get(activation_dtype(model), max(peaks.values())),
+        read_bytes=layer_s * world.device.memory_bandwidth_bytes_per_s,
+        hopper=world.device.compute_capability == "9.0" and world.kv_dtype != "fp8",
+    )
+    heads = (model.heads // p.tp, local_kv_heads(model, p.tp), model.head_dim)
+    return partials_bytes(heads, step)
+
+
+def activations_bytes(world: World, candidate: Candidate, context_tokens: int | None = None) -> int:
     """Live buffers of the largest step.
 
     Residual stream, its norm, one output and one copy in flight; q, k, v and the attention output;
-    gate, up and their product; partial attention of the other KVP groups in fp32; fp32 logits of
-    all sampled sequences, gathered over tp, and the shard they come from.
+    gate, up and their product; partial attention of the other KVP groups in fp32, and of pieces of
+    keys; fp32 logits of all sampled sequences, gathered over tp, and the shard they come from.
+
+    context_tokens  the limit on a request's context where it is not the world's
     """
+    context = context_tokens or world.limits.context_tokens
+    return (
+        world.scheduler.max_step_tokens * _row_bytes(world, candidate)
+        + _logits_bytes(world, candidate, world.limits.sequences)
+        + attention_partials_bytes(world, candidate, context)
+    )
+
+
+def _row_bytes(world: World, candidate: Candidate) -> int:
+    """Of one token of a step."""
     model, p = world.model, candidate.parallelism
     size = DTYPE_BYTES[activation_dtype(model)]
-    heads = model.heads // p.tp
     row = size * (4 * model.hidden + qkv_width(model, p.tp) + 3 * mlp_width(model, p.tp))
     if p.kvp > 1:
-        row += p.kvp * heads * (4 * partial_width(model) + 4)
-    logits = 4 * world.limits.sequences * (model.vocab + model.vocab // p.tp)
-    return world.scheduler.max_step_tokens * row + logits
+        row += p.kvp * (model.heads // p.tp) * (4 * partial_width(model) + 4)
+    return row
+
+
+def _logits_bytes(world: World, candidate: Candidate, sequences: int) -> int:
+    model = world.model
+    return 4 * sequences * (model.vocab + model.vocab // candidate.parallelism.tp)
 
 
 def page_bytes(world: World, candidate: Candidate) -> int:
@@ -107,8 +167,13 @@ def page_bytes(world: World, candidate: Candidate) -> int:
 
 def shard_tokens(world: World, groups: int) -> int:
     """Tokens of one request in one of the groups that hold it: its share, in whole pages."""
-    share = -(-world.limits.context_tokens // groups)
-    return -(-share // world.page_tokens) * world.page_tokens
+    return shard_of(world.limits.context_tokens, groups, world.page_tokens)
+
+
+def shard_of(context_tokens: int, groups: int, page_tokens: int) -> int:
+    """Tokens of a context in one of its groups, in whole pages."""
+    share = -(-context_tokens // groups)
+    return -(-share // page_tokens) * page_tokens
 
 
 def footprint(world: World, candidate: Candidate) -> Footprint:
@@ -131,7 +196,7 @@ def footprint(world: World, candidate: Candidate) -> Footprint:
             f" on each of {p.ranks_per_replica} ranks ({candidate.label})",
             f"{gigabytes(max(room, 0))} of {gigabytes(capacity)} are free",
             f"--max-context {tokens_text(nearest)}"
-            if (nearest := fits * world.page_tokens * candidate.groups) >= 2
+            if (nearest := reachable_context(world, candidate)) >= 2
             else "",
         )
     useful = world.most_full_requests * (shard // world.page_tokens)
@@ -156,9 +221,21 @@ def footprint(world: World, candidate: Candidate) -> Footprint:
 def reachable_context(world: World, candidate: Candidate) -> int:
     """Longest context that fits the candidate, in whole pages; 0 where the weights alone do not."""
     room = world.topology.device_memory_bytes - world.device.reserved_bytes
-    room -= rank_weights_bytes(world.model, candidate) + activations_bytes(world, candidate)
-    pages = max(room, 0) // page_bytes(world, candidate)
-    return pages * world.page_tokens * candidate.groups
+    room -= rank_weights_bytes(world.model, candidate)
+    page, page_context = page_bytes(world, candidate), world.page_tokens * candidate.groups
+
+    def fit(pages: int) -> bool:
+        held = activations_bytes(world, candidate, pages * page_context)
+        return pages * page + held <= room
+
+    # what is left without a context is the most; longer ones take more, so halving finds the last
+    low, high = 0, max(room - activations_bytes(world, candidate, 1), 0) // page
+    if high and fit(high):
+        return high * page_context
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low * page_context
 
 
 def gigabytes(size: float) -> str:

@@ -187,10 +187,10 @@ def _row(path: Path, number: int, keys: tuple[str, ...], line: list[str]) -> Row
     for name, text in zip(keys, line, strict=False):
         if name in TEXTS:
             key.append(text)
-        elif re.fullmatch(r"0|[1-9][0-9]{0,17}", text):
+        elif re.fullmatch(r"[1-9][0-9]{0,17}", text) or (name, text) == ("prefix", "0"):
             key.append(int(text))
         else:
-            problem = f"{text[:40]!r} is no whole number below 1e18"
+            problem = f"{text[:40]!r} is no whole number from 1 to 1e18"
             raise InvalidFile(str(path), f"{where}: {name}", problem)
     role, us, spread_us = line[len(keys) :]
     if role not in {"fit", "check"}:

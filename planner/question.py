@@ -11,6 +11,8 @@ from plans.errors import UsageError
 DEFAULT_WORKLOAD = "paper-mix-5"
 DEFAULT_HARDWARE = "h100"
 DEFAULT_OBJECTIVE = "goodput"
+MOST_SECONDS = 1e6
+"""Of a target, 12 days: budgets follow from it, and rates and sums from them."""
 LEAST_RATE_RPS = 1e-9
 """One request in 30 years; gaps between the arrivals of much less are no longer numbers."""
 
@@ -71,11 +73,12 @@ def tokens(flag: str, text: str) -> int:
 
 
 def seconds(flag: str, text: str) -> float:
-    """Seconds from 2, 2s or 500ms; raises UsageError."""
+    """Seconds from 2, 2s or 500ms, up to MOST_SECONDS; raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]-?\d+)?|\.\d+)\s*(ms|s|)", text.strip())
     value = float(match[1]) * (1e-3 if match[2] == "ms" else 1.0) if match else 0.0
-    if not 0 < value < math.inf:
-        raise UsageError(f"{flag} {text}: not a time above 0, such as 0.5, 2s or 500ms")
+    if not 0 < value <= MOST_SECONDS:
+        most = f"; at most {MOST_SECONDS:.0f}" if value > MOST_SECONDS else ""
+        raise UsageError(f"{flag} {text}: not a time above 0, such as 0.5, 2s or 500ms{most}")
     return value
 
 

@@ -1,13 +1,17 @@
 """What a profile's fits make of the rows that they never saw: the error of each term.
 
-Rows of role `check` lie between the fitted points or on other shapes.
+Rows of role `check` lie between the fitted points or on other shapes. Attention has two errors: of
+the law that a call follows, and of the step-time formula, which has fewer terms and is what a plan
+carries; error bands are those of the formula.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from planner.attention_work import Heads
 from planner.estimates import OutOfRange
+from planner.fit_attention import Attention
 from planner.fits import Fits, fit_links, heated
 from planner.profiles import Key, Profile, Row
 
@@ -51,7 +55,7 @@ TERM_OF = {
 def residuals(profile: Profile, fits: Fits) -> dict[str, list[Residual]]:
     """Held-out rows by term; the head is a product, hand-overs and merges are links."""
     found: dict[str, list[Residual]] = {}
-    for each in table_residuals(profile, fits):
+    for each in table_residuals(profile, fits, formula=True):
         found.setdefault(TERM_OF[each.table], []).append(each)
     found["head"] = [each for each in found.get("matmul", []) if each.table == "gemm"]
     for term in ("hop", "merge"):
@@ -59,11 +63,15 @@ def residuals(profile: Profile, fits: Fits) -> dict[str, list[Residual]]:
     return found
 
 
-def table_residuals(profile: Profile, fits: Fits) -> Iterator[Residual]:
-    """Every held-out row that the fits have an answer for."""
-    predict = {
-        "attention_chunk": _chunk,
-        "attention_decode": _decode,
+def table_residuals(profile: Profile, fits: Fits, *, formula: bool = False) -> Iterator[Residual]:
+    """Every held-out row that the fits have an answer for.
+
+    formula  attention by the coefficients of a plan for the longest context that was measured,
+             instead of by its law
+    """
+    predict: dict[str, Predict] = {
+        "attention_chunk": _chunk_formula if formula else _chunk,
+        "attention_decode": _decode_formula if formula else _decode,
         "gemm": _product,
         "links": _collective,
         "rows": _row_wise,
@@ -102,19 +110,40 @@ def _row_wise(fits: Fits, row: Row) -> float:
 
 
 def _chunk(fits: Fits, row: Row) -> float:
-    if fits.attention is None:
-        raise OutOfRange("attention", "any", "nothing", math.inf)
-    heads, kv_heads, head_dim, tokens, prefix = _numbers(row)
-    found, _ = fits.attention.chunk((heads, kv_heads, head_dim), prefix + tokens)
-    return found.seconds(tokens, prefix)
+    heads, tokens, prefix = _call(row)
+    return _attention(fits).chunk_s(heads, tokens, prefix).seconds
 
 
 def _decode(fits: Fits, row: Row) -> float:
+    heads, batch, keys = _call(row)
+    return _attention(fits).decode_s(heads, batch, keys).seconds
+
+
+def _chunk_formula(fits: Fits, row: Row) -> float:
+    heads, tokens, prefix = _call(row)
+    found, _ = _attention(fits).chunk(heads, max(LONGEST, tokens + prefix))
+    return found.seconds(tokens, prefix)
+
+
+def _decode_formula(fits: Fits, row: Row) -> float:
+    heads, batch, keys = _call(row)
+    found, _ = _attention(fits).decode(heads, max(LONGEST, keys))
+    return found.seconds(batch, keys)
+
+
+LONGEST = 1 << 20
+"""The formula's coefficients are worst where they have to serve all contexts up to a million."""
+
+
+def _attention(fits: Fits) -> Attention:
     if fits.attention is None:
         raise OutOfRange("attention", "any", "nothing", math.inf)
-    heads, kv_heads, head_dim, batch, keys = _numbers(row)
-    found, _ = fits.attention.decode((heads, kv_heads, head_dim), keys)
-    return found.seconds(batch, keys)
+    return fits.attention
+
+
+def _call(row: Row) -> tuple[Heads, int, int]:
+    heads, kv_heads, head_dim, first, second = _numbers(row)
+    return (heads, kv_heads, head_dim), first, second
 
 
 def _collective(fits: Fits, row: Row) -> float:

@@ -241,7 +241,7 @@ def plans(draw: st.DrawFn) -> Plan:
         spare_pages=draw(st.integers(0, 50)),
         name=draw(NAMES),
         made_by=MadeBy(
-            medha="0.1.0", effort=draw(NAMES), seed=draw(st.integers()), command=draw(TEXTS)
+            medha="0.1.0", effort=draw(NAMES), seed=draw(st.integers(0)), command=draw(TEXTS)
         ),
         targets=Targets(classes={each.name: draw(targets) for each in mix.classes[:1]}),
         kernels=kernels,

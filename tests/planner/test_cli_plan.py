@@ -113,6 +113,19 @@ def test_idle_gpus_are_named(plan_it):
     assert all(f"({node}, {device})" in notes for node, device in idle)
 
 
+def test_a_workload_that_is_no_distribution_exits_with_2_and_its_field(plan_it):
+    Path("mine.yaml").write_text("name: mine\nclasses: []\nsource: mine\n")
+    status, out, err = plan_it(*SMALL, "--workload", "mine.yaml")
+    assert (status, out) == (2, "")
+    assert err == "mine.yaml: classes: is empty, at least one class is needed\n"
+
+
+def test_schema_stands_alone(plan_it):
+    status, out, err = plan_it("--schema", "--gpus", "3")
+    assert (status, out) == (2, "")
+    assert err == "--gpus: not here, --schema stands alone\n"
+
+
 def test_schema_is_printed_as_json(plan_it):
     status, out, _ = plan_it("--schema")
     assert status == 0
@@ -134,12 +147,20 @@ def test_schema_is_printed_as_json(plan_it):
         (("--effort", "most"), "Invalid value for '--effort'"),
         (("--objective", "speed"), "Invalid value for '--objective'"),
         (("--rate", "-1"), "--rate -1: not a number of requests a second"),
+        (("--rate", "1e-320"), "such as 0.5; at least 1e-09"),
+        (("--seed", "-1"), "Invalid value for '--seed'"),
+        (("--out", "x" * 300), "File name too long"),
+        (("--out", "/dev/null/x"), "--out /dev/null/x: Not a directory"),
+        (("--topology", "dgx-h10"), "unknown node type 'dgx-h10'; nearest: dgx-h100"),
         (("--objective", "min-gpus"), "--objective min-gpus needs --rate"),
         (("--kv-dtype", "int8"), "Invalid value for '--kv-dtype'"),
         (("--max-context", "lots"), "--max-context lots"),
         (("--max-context", "1"), "at least 2 tokens"),
         (("--ttft-slo", "fast"), "--ttft-slo fast"),
         (("--tbt-slo", "0"), "--tbt-slo 0"),
+        (("--hardware", "cpu", "--attention", "flash-attn"), "cpu has no GPU; nearest: ours"),
+        (("--tbt-slo", "1e308"), "--tbt-slo 1e308: not a time above 0"),
+        (("--tbt-slo", "1000001"), "500ms; at most 1000000"),
         (("--topology", "missing.yaml"), "missing.yaml"),
         (("--prompt-tokens", "5"), "goes with PLAN.yaml"),
     ],
@@ -264,6 +285,21 @@ def test_smaller_chunks_are_evaluated_with_new_times(plan_it, plan_file):
     assert status == 0
     length = str(before["limits"]["context_tokens"])
     assert after["predicted"]["ttft_s"][length] > before["predicted"]["ttft_s"][length]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path"),
+    [
+        ("seed: 0", "seed: -1", "made_by.seed: -1"),
+        ("    arrival_rps: ", "    arrival_rps: -", "predicted.replay.arrival_rps: -"),
+        ("until_tokens: 16384", "until_tokens: 1000000000000", "prefill.chunks: "),
+    ],
+)
+def test_numbers_that_nothing_can_be_replayed_by_exit_with_2(plan_it, plan_file, old, new, path):
+    edit(plan_file, old, new)
+    status, _, err = plan_it(plan_file)
+    assert status == 2
+    assert path in err
 
 
 def test_a_misspelt_field_exits_with_2_and_its_path(plan_it, plan_file):

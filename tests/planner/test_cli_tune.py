@@ -107,12 +107,25 @@ def test_a_dry_run_lists_only_what_was_asked_for(medha_tune):
         (("--dry-run", "--op", "rop"), "unknown op 'rop'; nearest: rope"),
         (("--dry-run", "--table", "gemms"), "unknown table 'gemms'; nearest: gemm"),
         (("--dry-run", "--effort", "max"), "--effort max: one of none, quick, full"),
+        (("--dry-run", "--limit-s", "nan"), "--limit-s nan: not a time above 0"),
+        (("--dry-run", "--limit-s", "0"), "--limit-s 0: not a time above 0, such as 300"),
     ],
 )
 def test_wrong_names_end_with_2(medha_tune, argv, complaint):
     status, _, err = medha_tune(*argv)
     assert status == 2
     assert complaint in err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--install"])
+def test_what_cannot_be_written_is_said_before_anything_is_measured(medha_tune, device, flag):
+    (device / "catalog").write_text("in the way of profiles/ and tuned/")
+    blocked = device / "catalog" / "out" if flag == "--out" else device / "out"
+    status, out, err = medha_tune("--install", "--out", blocked)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"{flag}: {device / 'catalog'}")
+    assert err.endswith("cannot be written: Not a directory\n")
+    assert not list(device.glob("out/*/*"))
 
 
 def test_tuning_writes_dated_records_and_installs_them_when_asked(medha_tune, device):

@@ -92,6 +92,7 @@ def rails(**fields) -> NodeType:
         (rails(device="h100-xsm-80gb"), "device"),
         (rails(links=load_node_type("dgx-h100").links), "links"),
         (rails(devices_per_node=9), "fabric.wires"),
+        (rails(devices_per_node=10**12), "devices_per_node"),
         (rails(nodes=64, fabric=msgspec.structs.replace(rails().fabric, network=None)),
          "fabric.network"),
     ],

@@ -8,15 +8,20 @@ from hypothesis import strategies as st
 from msgspec import structs
 from strategies_planner import worlds
 
+from planner.catalog import load_device, load_model, load_workload, topology_for
 from planner.memory import (
+    GRAPHS_BYTES,
     activations_bytes,
+    attention_partials_bytes,
     footprint,
+    graph_buffers_bytes,
     page_bytes,
     rank_weights_bytes,
     reachable_context,
     shard_tokens,
 )
 from planner.space import Candidate, candidates, cut_layers
+from planner.world import make_world
 from plans.errors import Infeasible
 from plans.mesh import Parallelism
 from plans.model import DTYPE_BYTES
@@ -26,6 +31,18 @@ def candidate(world, **degrees):
     parallelism = Parallelism(**degrees)
     return Candidate(
         parallelism=parallelism, stages=cut_layers(world.model.layers, parallelism.spp)
+    )
+
+
+def h100s(model, devices):
+    """Of the catalog."""
+    device = load_device("h100")
+    return make_world(
+        model=load_model(model),
+        device=device,
+        topology=topology_for(device, devices),
+        workload=load_workload("chat"),
+        context_tokens=8192,
     )
 
 
@@ -98,6 +115,42 @@ def test_kv_heads_are_repeated_once_tp_exceeds_them(world):
     assert page_bytes(world, candidate(world, tp=heads)) == page_bytes(
         world, candidate(world, tp=4 * heads)
     )
+
+
+@pytest.mark.parametrize("model", ["llama3-8b", "llama3-70b", "qwen3-0.6b"])
+@pytest.mark.parametrize("tp", [1, 8])
+def test_recorded_steps_fit_in_the_part_of_reserved_bytes_that_is_theirs(model, tp):
+    world = h100s(model, tp)
+    assert 0 < graph_buffers_bytes(world, candidate(world, tp=tp)) < GRAPHS_BYTES
+    assert world.device.reserved_bytes > GRAPHS_BYTES
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
+def test_partial_results_are_a_part_of_the_activations_that_grows_with_the_context(kv_dtype):
+    world = dataclasses.replace(h100s("llama3-8b", 1), kv_dtype=kv_dtype)
+    each = candidate(world)
+    found = [attention_partials_bytes(world, each, 1 << power) for power in (13, 17, 20)]
+    assert found == sorted(found)
+    # the largest step of rows and logits is 1.4 GB, the partial results are below it
+    assert 1e8 < found[0] < found[-1] < 3e9
+    more = activations_bytes(world, each, 1 << 20) - activations_bytes(world, each, 1 << 13)
+    assert more == found[-1] - found[0]
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_a_long_context_fits_exactly_with_its_partial_results(tp):
+    world = h100s("llama3-8b", tp)
+    each = candidate(world, tp=tp)
+    reach = reachable_context(world, each)
+
+    def at(context):
+        limits = structs.replace(world.limits, context_tokens=context)
+        return dataclasses.replace(world, limits=limits)
+
+    footprint(at(reach), each)
+    with pytest.raises(Infeasible) as caught:
+        footprint(at(reach + 1), each)
+    assert caught.value.constraint == "memory"
 
 
 @given(world=worlds())

@@ -65,6 +65,9 @@ HEAD = "op,n,k,tokens,role,us,spread_us\n"
         (HEAD + "linear,64,32,1,fit,1.5\n", "line 2: 6 columns instead of 7"),
         (HEAD + "linear,64,x,1,fit,1.5,0\n", "line 2: k: 'x' is no whole number"),
         (HEAD + "linear,64,-2,1,fit,1.5,0\n", "line 2: k: '-2' is no whole number"),
+        (HEAD + "linear,64,0,1,fit,1.5,0\n", "line 2: k: '0' is no whole number from 1"),
+        (HEAD + f"linear,64,{'9' * 5000},1,fit,1.5,0\n", "line 2: k: '999"),
+        (HEAD + f"{'x' * 200000},64,32,1,fit,1.5,0\n", "is no CSV: field larger"),
         (HEAD + "linear,64,32,1,fitted,1.5,0\n", "line 2: role: 'fitted'"),
         (HEAD + "linear,64,32,1,fit,0,0\n", "line 2: us: '0' is no time above 0"),
         (HEAD + "linear,64,32,1,fit,nan,0\n", "line 2: us: 'nan'"),
@@ -79,6 +82,17 @@ def test_a_bad_table_is_refused_by_file_and_place(tmp_path, text, complaint):
         read_table(path)
     assert str(path) in str(error.value)
     assert complaint in str(error.value)
+
+
+def test_a_table_that_is_no_text_or_no_file_is_refused(tmp_path):
+    path = tmp_path / "gemm.csv"
+    path.write_bytes(HEAD.encode() + b"linear\xff,64,32,1,fit,1.5,0\n")
+    with pytest.raises(InvalidFile, match=r"gemm\.csv: is not UTF-8 text \(byte 38\)"):
+        read_table(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InvalidFile, match=r"gemm\.csv: cannot be read: Is a directory"):
+        read_table(path)
 
 
 def test_a_folder_with_a_strange_table_or_none_is_refused(tmp_path):
