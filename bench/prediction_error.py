@@ -4,11 +4,15 @@
 
 Per op: every row of role `check` of the device's profile (planner/catalog/profiles), predicted from
 the others; they lie between the fitted points or on shapes of other models, drawn before anything
-was measured. End to end: bench/results/engine_*_202611.csv, which bench/engine_gpu.py measured with
-CUDA graphs on, beside what a plan made now predicts. Lone prompts and lone decodes follow from the
-formula; a burst and a mixed load are served again in virtual time by the same engine and policy.
-The column `roofline` is the same prediction by the data sheet alone, on the same chunks. No figure
-of an engine is used in any fit.
+was measured. Attention stands there twice: by the law of a call, and as the step-time formula of a
+plan has it, which knows no tiles. Beside them what the tuner measured at the same points in another
+run on the same card, and spreads within a run: no prediction can be closer.
+
+End to end: bench/results/engine_*_202611.csv, which bench/engine_gpu.py measured with CUDA graphs
+on, beside what a plan made now predicts. Lone prompts and lone decodes follow from the formula; a
+burst and a mixed load are served again in virtual time by the same engine and policy. The column
+`roofline` is the same prediction by the data sheet alone, on the same chunks. No figure of an
+engine is used in any fit.
 
 Writes prediction_error_<device>_202611.csv and .md; asserts nothing.
 """
@@ -22,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from msgspec.structs import replace
 
 from planner import cost, measured, profiles
 from planner.assemble import to_plan
-from planner.catalog import load_device, load_model, load_workload, topology_for
+from planner.catalog import CATALOG, load_device, load_model, load_workload, topology_for
 from planner.price import price
 from planner.residuals import Residual, table_residuals
 from planner.space import Candidate, cut_layers
@@ -42,6 +47,7 @@ RESULTS = Path(__file__).with_name("results")
 ENGINE_FILES = re.compile(r"engine_(h100|h200)[a-z0-9_]*_202611\.csv")
 NEW_TOKENS, SHORT, RATE_RPS, LOAD_S, LONG_AT_S = 64, 1000, 4.0, 60.0, 5.0
 """As bench/engine_gpu.py."""
+IN_FORMULA, TWICE, SPREAD = "(in a plan's formula)", "(measured twice)", "(spread of rounds)"
 Row = dict[str, Any]
 GOALS = "wanted: median 5 %, P90 15 %; end to end 10 %, better 5 %"
 
@@ -77,8 +83,14 @@ def op_rows(device: str) -> list[Row]:
     for each in table_residuals(profile, ready.fits):
         found.setdefault(op_of(each), []).append(each)
         found.setdefault("all", []).append(each)
+    for each in table_residuals(profile, ready.fits, formula=True):
+        if each.table.startswith("attention"):
+            found.setdefault(f"{each.table} {IN_FORMULA}", []).append(each)
     rows = []
-    for op, residuals in sorted(found.items(), key=lambda pair: (pair[0] == "all", pair[0])):
+    last = {"all": 2}
+    for op, residuals in sorted(
+        found.items(), key=lambda pair: (last.get(pair[0], int(IN_FORMULA in pair[0])), pair[0])
+    ):
         errors = [each.error for each in residuals]
         worst = max(residuals, key=lambda each: abs(each.error))
         rows.append(
@@ -93,6 +105,74 @@ def op_rows(device: str) -> list[Row]:
             }
         )
     return rows
+
+
+# --- what a measurement is worth ------------------------------------------------------------------
+
+
+def key_of(op: str, sizes: dict[str, int]) -> tuple[str, profiles.Key] | None:
+    """Table and key of a tuned problem; None where a profile has no such table.
+
+    The tuner counts a chunk's own keys, a profile those before it: half a per cent of 131,072.
+    """
+    if op == "paged_attention":
+        heads = (sizes["heads"], sizes["kv_heads"], sizes["head_dim"])
+        if "tokens" in sizes:
+            return "attention_chunk", (*heads, sizes["tokens"], sizes["keys"])
+        return "attention_decode", (*heads, sizes["batch"], sizes["keys"])
+    if "n" in sizes:
+        return "gemm", (op, sizes["n"], sizes["k"], sizes["tokens"])
+    width = sizes.get("width", sizes.get("heads", 0) * sizes.get("head_dim", 0))
+    return ("rows", (op, width, sizes["tokens"])) if width and "tokens" in sizes else None
+
+
+def twice_rows(device: str) -> list[Row]:
+    """Points that the tuner measured too: how far its default's time is from the profile's."""
+    profile = profiles.load_profile(device)
+    if profile is None:
+        return []
+    known = {
+        (table, row.key): row.us for table in profile.tables for row in profile.rows(table, None)
+    }
+    apart: dict[str, list[float]] = {}
+    for path in sorted((CATALOG / "tuned" / device).glob("*.yaml")):
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for bucket in text["buckets"]:
+            at = key_of(text["op"], bucket["when"])
+            if at in known:
+                off = bucket["default_us"] / known[at] - 1
+                for name in (at[0], "all"):
+                    apart.setdefault(name, []).append(off)
+    return [
+        {
+            "what": f"{name} {TWICE}",
+            "points": len(off),
+            "median": share(off, 0.5),
+            "p90": share(off, 0.9),
+            "worst": max(off, key=abs),
+        }
+        for name, off in sorted(apart.items(), key=lambda pair: (pair[0] == "all", pair[0]))
+    ]
+
+
+def spread_rows(device: str) -> list[Row]:
+    """Spread of the middle three fifths of a point's own rounds."""
+    profile = profiles.load_profile(device)
+    if profile is None:
+        return []
+    found = []
+    for table in profile.tables:
+        off = [row.spread_us / row.us for row in profile.rows(table, None)]
+        found.append(
+            {
+                "what": f"{table} {SPREAD}",
+                "points": len(off),
+                "median": share(off, 0.5),
+                "p90": share(off, 0.9),
+                "worst": max(off),
+            }
+        )
+    return found
 
 
 # --- end to end -----------------------------------------------------------------------------------
@@ -253,7 +333,7 @@ def report(device: str, model: str, results: Path) -> tuple[list[Row], list[str]
     """All rows, and the text of a device."""
     name = load_device(device).name
     profile = profiles.load_profile(name)
-    ops = op_rows(name)
+    ops, noise = op_rows(name), [*twice_rows(name), *spread_rows(name)]
     engines = []
     for path in sorted(results.glob("engine_*_202611.csv")):
         found = ENGINE_FILES.fullmatch(path.name)
@@ -267,10 +347,12 @@ def report(device: str, model: str, results: Path) -> tuple[list[Row], list[str]
             f" {about.triton}, {about.made}."
         )
         lines += ["", *profile.ranges(), ""]
-        columns = ("what", "points", "median", "p90", "bias", "worst", "worst_at")
+        columns = ["what", "points", "median", "p90", "bias", "worst", "worst_at"]
         lines += table(ops, columns)
+        columns = ["what", "points", "median", "p90", "worst"]
+        lines += ["", "What a measurement is worth:", "", *table(noise, columns)]
     if engines:
-        columns = ("what", "tokens", "measured_ms", "predicted_ms", "error", "roofline")
+        columns = ["what", "tokens", "measured_ms", "predicted_ms", "error", "roofline"]
         lines += ["", f"{model} on one GPU, our engine:", "", *table(engines, columns), ""]
         for group, rows in (
             ("one request at a time", [row for row in engines if row["what"] in {"TTFT", "TBT"}]),
@@ -282,7 +364,7 @@ def report(device: str, model: str, results: Path) -> tuple[list[Row], list[str]
                     middle, most = percent(share(errors, 0.5)), percent(share(errors, 1))
                     by = "profile" if source == "error" else source
                     lines.append(f"{group}, by {by}: median {middle}, largest {most}.")
-    return [{"device": name, **row} for row in (*ops, *engines)], lines
+    return [{"device": name, **row} for row in (*ops, *noise, *engines)], lines
 
 
 def main() -> None:

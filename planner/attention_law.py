@@ -12,8 +12,8 @@ other at once.
 
 What the law leaves is kept as a share, interpolated over the two sizes of a call: the chip's clock,
 and what caches do. Chosen by leaving out one fitted row at a time, on an H100: the law alone is off
-by 2.5 % at the median and 8.9 % at P90 for chunks, 3.8 and 8.1 % for decodes; with the shares 2.4
-and 7.9, 2.6 and 6.6 %. Rows that are kept for checks had no part in it.
+by 2.7 % at the median and 9.5 % at P90 for chunks, 3.9 and 8.0 % for decodes; with the shares 2.5
+and 7.9, 2.7 and 6.5 %. Rows that are kept for checks had no part in it.
 """
 
 from collections.abc import Callable, Sequence

@@ -220,7 +220,10 @@ def _most_keys(rows: Sequence[Row], *, with_first: bool) -> dict[Heads, int]:
 def _like(
     term: str, heads: Heads, keys: int, law: Fitted, most: dict[Heads, int]
 ) -> tuple[Heads, Origin]:
-    """Measured heads most like these, and how far the answer is from what was measured."""
+    """Measured heads most like these, and how far the answer is from what was measured.
+
+    The law is one for all heads, so the longest context that any were measured with counts.
+    """
     nearest, factor = _nearest(term, heads, law.left)
     return nearest, _reach(term, max(most.values()), keys, factor)
 
