@@ -170,5 +170,5 @@ def _light(priced: Priced, step: _Step) -> dict[str, tuple[float, str]]:
             model.layers * step.tokens * (step.groups - 1) * heads * (width * size + 4),
         ),
         "stage hand-over": sent("spp", (p.spp - 1) * row * step.tokens),
-        "head": longest(2 * head, head * weight),
+        "head": longest(2 * head, head * size, peak(world, activation_dtype(model))),
     }

@@ -23,6 +23,7 @@ from runtime.interrupts import INTERRUPTED, loading, unwinding
 if TYPE_CHECKING:
     from planner.search import NoPlan
     from planner.world import World
+    from plans.model import Model
     from plans.plan import Plan
     from plans.topology import Device, Topology
 
@@ -244,8 +245,8 @@ def _search(
     from plans.plan import MadeBy
 
     device = load_device(ask.hardware)
-    _check_attention(ask.attention, device)
     loaded = load_model(ask.model, context_tokens=ask.context_tokens)
+    _check_attention(ask, device, loaded, kernels=kernels)
     machine = topology_for(device, ask.gpus, ask.topology)
 
     def world_of(context_tokens: int | None) -> "World":
@@ -280,10 +281,10 @@ def _search(
         _explain_failure(world, error, device, ask.topology)
         raise
     found, plan = given.found, given.plan
+    _check_attention(ask, device, plan.model, kernels=kernels)  # in the dtype chosen
     folder = out if out is not None else Path(plan.name)  # fewer GPUs may be enough
     files: dict[str, bytes] = {}
-    if kernels and plan.model.unsupported:
-        kernels = False  # the plan's notes say why
+    kernels = kernels and not plan.model.unsupported  # the plan's notes say why
     if kernels:
         with loading():
             from planner.bundle import compile_plan
@@ -310,9 +311,20 @@ def _search(
             tables.say(*launch.lost_lines)
 
 
-def _check_attention(attention: str, device: "Device") -> None:
-    if attention != "ours" and device.kind == "cpu":
-        raise UsageError(f"--attention {attention}: {device.name} has no GPU; nearest: ours")
+def _check_attention(ask: Question, device: "Device", model: "Model", *, kernels: bool) -> None:
+    """Raises UsageError where the flag would change nothing."""
+    if ask.attention == "ours":
+        return
+    flag = f"--attention {ask.attention}"
+    if device.kind == "cpu":
+        raise UsageError(f"{flag}: {device.name} has no GPU; nearest: ours")
+    if not kernels:
+        raise UsageError(f"{flag}: --no-kernels makes no program; leave one of the two out")
+    dtype = ask.weight_dtype if ask.weight_dtype in {"bf16", "fp8"} else model.weight_dtype
+    if gaps := model.unsupported_with(dtype):
+        bf16 = " or --weight-dtype bf16" if gaps == ("fp8 weights",) else ""
+        names = " and ".join(gaps)
+        raise UsageError(f"{flag}: {names} cannot be run yet; nearest: --attention ours{bf16}")
 
 
 def run_commands(folder: str, *, program: bool) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from the device's file. The formula itself is in plans/steptime.py. T tokens of 
     comm        2 all-reduces: 2 (latency + 2 (t - 1) / t x hidden x bytes x T / link)
     merge       latency + local heads x (head_dim x bytes + 4) / link per token and further group
     hop         latency + hidden x bytes x T / link
-    head(B)     max(2 P B / peak, P x bytes / bandwidth) + logits gathered and sampled
+    head(B)     max(2 P B / peak, P x bytes / bandwidth) + logits gathered and sampled;
+                in the activations' dtype, also where the layers' weights are in fp8
 """
 
 from collections.abc import Callable
@@ -79,6 +80,7 @@ class _Rank:
         self.kv_size = DTYPE_BYTES[world.kv_dtype]
         self.bandwidth = device.memory_bandwidth_bytes_per_s * device.memory_efficiency
         self.matmul_peak = peak(world, model.weight_dtype) * device.gemm_efficiency
+        self.head_peak = peak(world, activation_dtype(model)) * device.gemm_efficiency
         self.attention_peak = attention_peak(world) * device.attention_efficiency
 
     @property
@@ -137,28 +139,42 @@ class _Rank:
         wide = 8 * self.hidden + 2 * qkv + 3 * mlp_width(self.model, self.tp)
         return self.size * wide / self.bandwidth
 
+    def head_s(self, rows: int) -> float:
+        """The vocabulary projection of `rows` rows."""
+        parameters = self.hidden * self.vocab // self.tp
+        compute_s = 2 * parameters * rows / self.head_peak
+        return max(compute_s, parameters * self.size / self.bandwidth)
+
     def ridge(self) -> int:
-        """Rows at which a product turns from weight reads to compute."""
+        """Rows at which a layer's product turns from weight reads to compute."""
         return round(self.matmul_peak * self.weight_size / (2 * self.bandwidth))
 
+    def head_ridge(self) -> int:
+        """Rows at which the head does."""
+        return round(self.head_peak * self.size / (2 * self.bandwidth))
 
-def peak(world: World, dtype: str) -> float:
-    """Datasheet FLOP/s of a dtype; raises Infeasible("dtype") where the device has none."""
+
+def peak(world: World, dtype: str, flag: str = "--weight-dtype") -> float:
+    """Datasheet FLOP/s of a dtype; raises Infeasible("dtype") where the device has none.
+
+    flag  what changes the dtype; both dtype flags take bf16, which nearly every device has
+    """
     peaks = world.device.peak_flops_per_s
     if dtype not in peaks:
         raise Infeasible(
             "dtype",
             f"{world.model.name} computes in {dtype}",
             f"{world.device.name} has {', '.join(sorted(peaks))}",
-            "a device whose file lists that dtype",
+            f"{flag} bf16" if "bf16" in peaks else "a device whose file lists that dtype",
         )
     return peaks[dtype]
 
 
 def attention_peak(world: World) -> float:
     """FLOP/s of attention's products: keys in fp8 are cast to the activations' dtype before."""
-    fp8 = world.kv_dtype == "fp8"
-    return peak(world, activation_dtype(world.model) if fp8 else world.kv_dtype)
+    if world.kv_dtype == "fp8":
+        return peak(world, activation_dtype(world.model))
+    return peak(world, world.kv_dtype, "--kv-dtype")
 
 
 def chunk_rate(world: World) -> float:
@@ -224,7 +240,7 @@ def roofline(world: World, candidate: Candidate, placement: Placement) -> StepTi
         hop_token_s=row * _byte_s(spp_link),
         head=_table(
             world.limits.sequences,
-            rank.ridge(),
+            rank.head_ridge(),
             lambda rows: _head_s(rank, rows, tp_link),
         ),
         margin=MARGIN,
@@ -233,10 +249,9 @@ def roofline(world: World, candidate: Candidate, placement: Placement) -> StepTi
 
 def _head_s(rank: _Rank, rows: int, link: Link | None) -> float:
     """Vocabulary projection, gather of fp32 logits, and one pass over them to sample."""
-    parameters = rank.hidden * rank.vocab // rank.tp
     logits = 4 * rows * rank.vocab
     gather_s = _latency(link) + logits * (rank.tp - 1) / rank.tp * _byte_s(link)
-    return rank.product_s(parameters, rows) + gather_s + logits / rank.bandwidth
+    return rank.head_s(rows) + gather_s + logits / rank.bandwidth
 
 
 def _latency(link: Link | None) -> float:

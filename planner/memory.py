@@ -49,8 +49,8 @@ def stage_weights_bytes(model: Model, stages: Stages, stage: int, tp: int) -> in
     norm = model.hidden if stage == last else 0
     matrices = ends * (model.embedding_parameters // tp)
     first, end = stages[stage]
-    parameters = model.stage_parameters(first, end, tp) + matrices + norm
-    return parameters * DTYPE_BYTES[model.weight_dtype]
+    ends_bytes = (matrices + norm) * DTYPE_BYTES[model.plain_dtype]
+    return model.stage_bytes(first, end, tp) + ends_bytes
 
 
 def local_kv_heads(model: Model, tp: int) -> int:
@@ -84,7 +84,7 @@ def partial_width(model: Model) -> int:
 
 def activation_dtype(model: Model) -> str:
     """What travels between the layers."""
-    return "bf16" if model.weight_dtype == "fp8" else model.weight_dtype
+    return model.plain_dtype
 
 
 GRAPHS_BYTES = 1 << 30

@@ -214,20 +214,25 @@ def kv_bytes(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def weights(plan: Plan) -> Iterator[tuple[str, str]]:
-    """A lower bound, since norms, biases, embeddings and repeated KV heads come on top."""
+    """A lower bound, since norms, biases and repeated KV heads come on top."""
     model, tp = plan.model, plan.parallelism.tp
-    parameters = max(
-        model.stage_parameters(first, end) - (end - first) * model.other_layer_parameters()
-        for first, end in plan.stages
-    )
-    parameters //= tp
-    least = parameters * DTYPE_BYTES[plan.model.weight_dtype]
+    ends_bytes = model.embedding_parameters * DTYPE_BYTES[model.plain_dtype]
+
+    def stage_bytes(first: int, end: int) -> int:
+        others = (end - first) * model.other_layer_parameters()
+        products = model.stage_parameters(first, end) - others
+        ends = (first == 0) + (end == model.layers)  # embedding, head
+        if ends == 2 and model.tie_embeddings:
+            ends = 1
+        return (products * DTYPE_BYTES[model.weight_dtype] + ends * ends_bytes) // tp
+
+    least = max(stage_bytes(first, end) for first, end in plan.stages)
     if plan.memory.weights_bytes < least:
         yield (
             "memory.weights_bytes",
             (
-                f"{plan.memory.weights_bytes}, but the layers of a stage at tp "
-                f"{plan.parallelism.tp} alone have {least} bytes"
+                f"{plan.memory.weights_bytes}, but the matrices of a stage, embedding and head "
+                f"included, have {least} bytes at tp {tp}"
             ),
         )
 

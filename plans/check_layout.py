@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from plans.mesh import axis_ranks
 from plans.plan import Plan
-from plans.topology import fabric_problems
+from plans.topology import Topology, fabric_problems
 from plans.workload import Quantile, Workload
 
 SHARE_TOLERANCE = 1e-6
@@ -36,11 +36,23 @@ def devices(plan: Plan) -> Iterator[tuple[str, str]]:
 def fabric(plan: Plan) -> Iterator[tuple[str, str]]:
     machine = plan.topology
     if machine.fabric is None:
+        yield from _missing_links(machine)
         return
     if machine.links:
         yield "topology.links", "is not empty, and topology.fabric says what joins the devices"
     for path, text in fabric_problems(machine.fabric, machine.devices_per_node, machine.nodes):
         yield f"topology.{path}", text
+
+
+def _missing_links(machine: Topology) -> Iterator[tuple[str, str]]:
+    """Without one, whatever crosses it would cost nothing."""
+    across = {
+        "node": (machine.devices_per_node, "devices of a node"),
+        "cluster": (machine.nodes, "nodes"),
+    }
+    for scope, (count, what) in across.items():
+        if count > 1 and machine.link(scope) is None:
+            yield "topology.links", f"none has scope {scope}, and {count} {what} need one"
 
 
 def rank_map(plan: Plan) -> Iterator[tuple[str, str]]:

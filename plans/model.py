@@ -113,12 +113,24 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def unsupported(self) -> tuple[str, ...]:
         """What a plan can be made for and no program can be emitted for yet."""
+        return self.unsupported_with(self.weight_dtype)
+
+    def unsupported_with(self, weight_dtype: str) -> tuple[str, ...]:
+        """The same with weights in another dtype."""
         names = {
             "mixture of experts": self.experts is not None,
             "latent attention": self.latent is not None,
-            "fp8 weights": self.weight_dtype == "fp8",
+            "fp8 weights": weight_dtype == "fp8",
         }
         return tuple(name for name, used in names.items() if used)
+
+    @property
+    def plain_dtype(self) -> Dtype:
+        """Of the activations, and of embedding, head, norms and biases.
+
+        Checkpoints in fp8 hold the matrices of the layers in it and the rest in bf16.
+        """
+        return "bf16" if self.weight_dtype == "fp8" else self.weight_dtype
 
     @property
     def group(self) -> int:
@@ -196,6 +208,12 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         parameters = dense * self.layer_parameters(0, tp)
         return parameters + (end - first - dense) * self.layer_parameters(self.layers - 1, tp)
 
+    def stage_bytes(self, first: int, end: int, tp: int = 1) -> int:
+        """Bytes of the same."""
+        others = (end - first) * self.other_layer_parameters(tp)
+        products = self.stage_parameters(first, end, tp) - others
+        return products * DTYPE_BYTES[self.weight_dtype] + others * DTYPE_BYTES[self.plain_dtype]
+
     @property
     def embedding_parameters(self) -> int:
         """Parameters of the embedding matrix; the head has as many unless it is tied."""
@@ -204,9 +222,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
-        heads = 1 if self.tie_embeddings else 2
-        ends = heads * self.embedding_parameters + self.hidden
-        return self.stage_parameters(0, self.layers) + ends
+        return self.stage_parameters(0, self.layers) + self._end_parameters
 
     @property
     def active_parameters(self) -> int:
@@ -220,7 +236,14 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def weight_bytes(self) -> int:
         """Bytes of one copy of the weights."""
-        return self.parameters * DTYPE_BYTES[self.weight_dtype]
+        ends = self._end_parameters * DTYPE_BYTES[self.plain_dtype]
+        return self.stage_bytes(0, self.layers) + ends
+
+    @property
+    def _end_parameters(self) -> int:
+        """Of embedding, last norm and head."""
+        heads = 1 if self.tie_embeddings else 2
+        return heads * self.embedding_parameters + self.hidden
 
     def rank_kv_elements(self, tp: int) -> int:
         """Numbers that one token keeps in one layer's cache on one of tp ranks."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from plans.errors import MedhaError, UsageError
-from runtime.interrupts import INTERRUPTED, unwinding
+from runtime.interrupts import INTERRUPTED, loading, unwinding
 from runtime.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
@@ -106,11 +106,12 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     ] = None,
 ) -> None:
     """Serve requests in virtual time, by the plan's own step times, without any GPU."""
-    from plans.check import load_plan
-    from runtime.arrivals import Load, offer
-    from runtime.cli_sim_tables import Served, print_tables
-    from runtime.decisions import decision_log
-    from runtime.simulate import simulate
+    with loading():  # an interrupt inside numpy's start-up code can be lost
+        from plans.check import load_plan
+        from runtime.arrivals import Load, offer
+        from runtime.cli_sim_tables import Served, print_tables
+        from runtime.decisions import decision_log
+        from runtime.simulate import simulate
 
     plan = load_plan(bundle / "plan.yaml" if bundle.is_dir() else bundle)
     outputs = [timeline, plot, decisions]

@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
@@ -37,6 +38,17 @@ def unwinding() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def started(load: Callable[[], Callable[[], None]]) -> None:
+    """Runs the command that `load` imports; Ctrl-C in the imports ends with 130 as well."""
+    try:
+        with loading():
+            command = load()
+        command()
+    except KeyboardInterrupt:  # between the parts that say it themselves
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _leave(number: int, frame: object) -> None:

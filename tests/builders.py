@@ -180,8 +180,9 @@ def make_plan(
     page_bytes = page_tokens * model.head_dim * DTYPE_BYTES[kv_dtype]
     page_bytes += 4 if kv_dtype == "fp8" else 0  # the scale of a head
     kv_bytes = pages * 2 * max(lengths) * -(-model.kv_heads // mesh.tp) * page_bytes
-    parameters = max(lengths) * model.layer_parameters() + 2 * model.embedding_parameters
-    weights = -(-parameters // mesh.tp) * DTYPE_BYTES[model.weight_dtype]
+    layers_bytes = max(lengths) * model.layer_parameters() * DTYPE_BYTES[model.weight_dtype]
+    ends_bytes = 2 * model.embedding_parameters * (4 if model.weight_dtype == "fp32" else 2)
+    weights = -(-(layers_bytes + ends_bytes) // mesh.tp)
     activations, reserved, free = 1 << 20, 1 << 20, 12345
     capacity = max(topology.device_memory_bytes, weights + activations + reserved + kv_bytes + free)
     lengths_s = {str(row.until_tokens): row.predicted_s for row in chunks}

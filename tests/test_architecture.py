@@ -82,6 +82,8 @@ ZONES = {
         zones=("codegen", "planner", "plans", "report"),
         third_party=("msgspec",),
     ),
+    "planner-commands": Zone(modules=("planner.cli",), zones=("core", "medha-plan", "medha-tune")),
+    "runtime-commands": Zone(modules=("runtime.cli",), zones=("core", "medha-run", "medha-sim")),
     "medha-plan": Zone(
         modules=("planner.cli_plan", "planner.cli_plan_tables"),
         zones=("bundle", "core", "planner", "plans", "report"),

@@ -159,6 +159,7 @@ def test_schema_is_printed_as_json(plan_it):
         (("--ttft-slo", "fast"), "--ttft-slo fast"),
         (("--tbt-slo", "0"), "--tbt-slo 0"),
         (("--hardware", "cpu", "--attention", "flash-attn"), "cpu has no GPU; nearest: ours"),
+        (("--attention", "flash-attn"), "--no-kernels makes no program; leave one of the two out"),
         (("--tbt-slo", "1e308"), "--tbt-slo 1e308: not a time above 0"),
         (("--tbt-slo", "1000001"), "500ms; at most 1000000"),
         (("--topology", "missing.yaml"), "missing.yaml"),
@@ -170,6 +171,29 @@ def test_wrong_flags_exit_with_2_and_say_what_is_right(plan_it, flags, expected)
     assert (status, out) == (2, "")
     assert expected in err
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--model", "mixtral-8x7b", "--gpus", "4"), "mixture of experts cannot be run yet"),
+        (
+            ("--model", "llama3-8b", "--gpus", "1", "--weight-dtype", "fp8"),
+            "fp8 weights cannot be run yet; nearest: --attention ours or --weight-dtype bf16",
+        ),
+    ],
+)
+def test_a_choice_of_attention_without_a_program_exits_with_2(plan_it, flags, expected):
+    status, out, err = plan_it(*flags, "--workload", "chat", "--attention", "flash-attn")
+    assert (status, out) == (2, "")
+    assert expected in err
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_dtype_that_the_device_lacks_exits_with_1_and_the_flag_that_helps(plan_it):
+    status, _, err = plan_it(*SMALL, "--hardware", "a100", "--weight-dtype", "fp8")
+    assert status == 1
+    assert err.splitlines()[-1].endswith("nearest: --weight-dtype bf16")
 
 
 @pytest.mark.parametrize("missing", ["--model", "--gpus"])

@@ -10,7 +10,7 @@ from strategies import tiny_model
 from strategies_planner import tiny_device, tiny_topology, tiny_workload, worlds
 
 from planner.capacity import PromptWork, Work, capacity, demand, mean_tokens, stage_terms
-from planner.cost import costed, peak, step_time
+from planner.cost import costed, peak, roofline, step_time
 from planner.memory import footprint, shard_tokens
 from planner.placement import place
 from planner.schedule import (
@@ -50,6 +50,23 @@ def test_no_step_beats_the_peak_or_the_bandwidth(case, tokens, prefix):
         weights / world.device.memory_bandwidth_bytes_per_s,
     )
     assert time.step_s([(tokens, prefix)]) >= bound_s
+
+
+@given(case=cases())
+def test_the_head_of_fp8_weights_reads_bf16(case):
+    world, each, _, _ = case
+    placed, peaks = place(world.topology, each.parallelism), world.device.peak_flops_per_s
+    device = structs.replace(world.device, peak_flops_per_s=peaks | {"fp8": 2 * peaks["bf16"]})
+    plain, fp8 = (
+        dataclasses.replace(
+            world, device=device, model=structs.replace(world.model, weight_dtype=dtype)
+        )
+        for dtype in ("bf16", "fp8")
+    )
+    head = roofline(fp8, each, placed).head
+    read = 2 * world.model.vocab * world.model.hidden / each.parallelism.tp
+    assert head[0].seconds >= read * (1 - 1e-9) / device.memory_bandwidth_bytes_per_s
+    assert head == roofline(plain, each, placed).head
 
 
 @given(case=cases())

@@ -51,6 +51,18 @@ def test_one_rank_holds_the_whole_model(world):
     assert rank_weights_bytes(world.model, candidate(world)) == world.model.weight_bytes
 
 
+def test_fp8_checkpoints_keep_embedding_and_head_in_bf16():
+    """On two ranks of llama3-8b: 7.0e9 parameters of layers, 2 x 128256 x 4096 of the ends."""
+    world = h100s("llama3-8b", 2)
+    model = structs.replace(world.model, weight_dtype="fp8")
+    ends = 2 * 128256 * 4096
+    norms = (2 * 32 + 1) * 4096
+    layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert model.weight_bytes == layers + 2 * (ends + norms)
+    each = candidate(dataclasses.replace(world, model=model), tp=2)
+    assert rank_weights_bytes(model, each) == layers // 2 + ends + 2 * norms
+
+
 @given(world=worlds(), data=st.data())
 def test_the_ranks_of_a_stage_hold_the_model_once_but_for_norms_and_repeated_kv_heads(world, data):
     """Lower bound: no rank can hold less than its even share of the matrices."""

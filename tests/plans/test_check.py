@@ -124,6 +124,9 @@ MUTATIONS: dict[str, list[tuple[str, Callable[[Plan], Plan]]]] = {
     ],
     "fabric": [
         ("topology.links", lambda plan: with_fabric(plan, links=plan.topology.links[:1])),
+        ("topology.links", lambda plan: changed(plan, "topology", links=())),
+        ("topology.links", lambda plan: changed(plan, "topology", links=plan.topology.links[:1])),
+        ("topology.links", lambda plan: changed(plan, "topology", links=plan.topology.links[1:])),
         ("topology.fabric.wires", lambda plan: with_fabric(plan, wires=())),
         ("topology.fabric.network", lambda plan: with_fabric(plan, network=None)),
     ],
@@ -223,7 +226,8 @@ MUTATIONS: dict[str, list[tuple[str, Callable[[Plan], Plan]]]] = {
     ],
     "kv-bytes": [("memory.kv_bytes", lambda plan: moved_bytes(plan, "kv_bytes", 1))],
     "weights": [("memory.weights_bytes",
-                 lambda plan: moved_bytes(plan, "weights_bytes", -plan.memory.weights_bytes // 2))],
+                 lambda plan: moved_bytes(plan, "weights_bytes", -plan.memory.weights_bytes // 2)),
+                ("memory.weights_bytes", lambda plan: changed(plan, "model", vocab=10**15))],
     "files": [
         ('files["program/a.py"]',
          lambda plan: msgspec.structs.replace(plan, files={"program/a.py": DIGEST[1:]})),

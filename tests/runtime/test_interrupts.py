@@ -1,8 +1,13 @@
 """Ctrl-C while libraries load, and SIGTERM."""
 
+import os
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+import pytest
 
 from runtime.interrupts import loading, unwinding
 
@@ -30,6 +35,32 @@ def test_the_handler_from_before_comes_back():
     with loading():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+FIRST_IMPORT = """
+import os, pkgutil, signal, sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":  # the first that takes a while, in every command
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+pkgutil.resolve_name(sys.argv[1])()
+"""
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_interrupted_in_its_first_import_ends_with_130(command):
+    ended = subprocess.run(
+        [sys.executable, "-c", FIRST_IMPORT, COMMANDS[command]],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
 TOLD_TO_END = """

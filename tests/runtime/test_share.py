@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 from strategies_runtime import QUANTUM_S, linear_plan
@@ -106,6 +106,7 @@ def crowd(prompts: list[int], *, late: int, new_tokens: int) -> list[Request]:
 
 @pytest.mark.parametrize("policy", ["lars", "lars-lanes", "lars,chunk=64", "lars-lanes,chunk=7"])
 @settings(max_examples=6)
+@example(share=0.1, budget=3, spp=1, prompts=[40], new_tokens=5)
 @given(
     share=st.sampled_from([1 / 3, 0.1, 0.02]),
     budget=st.sampled_from([3, 20, 64]),
