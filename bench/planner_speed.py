@@ -107,8 +107,8 @@ def report(rows: list[dict[str, object]], now: datetime, repeats: int) -> str:
             f"{now:%Y-%m-%d}, `python -m bench.planner_speed --out bench/results`: each question"
             f" {repeats} times, median; {platform.machine()}, {os.cpu_count()} cores, Python"
             f" {platform.python_version()}, numpy {np.__version__}, one thread. Replays are"
-            " included. The machine was shared with other work, so the seconds of the process"
-            " count, and even they are high."
+            f" included. Load average at the end {os.getloadavg()[0]:.1f}: where others share the"
+            " machine, the seconds of the process count, and even they are high."
         ),
         "",
         "| question | process s | largest | wall s | answer | candidates |",
