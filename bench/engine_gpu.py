@@ -8,50 +8,53 @@ One process, random weights, greedy; prompts are random token ids and arrive at 
 alone     time to the first token and between tokens of one prompt at a time, medians of several,
           beside what the plan predicts; for decodes also without graphs, and without a step ahead
 drawn     time between tokens where they are drawn from a distribution
-burst     256 prompts of 1,000 tokens at once, 64 new tokens each
 mixed     prompts of 1,000 tokens by a Poisson process of 4 a second for 60 s, 64 new tokens each,
-          and one of 256,000 that arrives at 5 s; one run a seed
+          and the longest of --lengths, which arrives at 5 s; one run a seed and a step budget
+burst     256 prompts of 1,000 tokens at once, 64 new tokens each, with steps as planned and with
+          those that only throughput counts for
 profile   of decode steps and of whole prompts: what the device was busy with, against wall time;
           and what the host spends on deciding, launching and waiting
 target    tokens of small prompts beside those of the plain torch program of the same plan
 
-Writes engine_gpu.md and .csv after each part, so that one that fails takes nothing along.
+Loads are predicted beside it: the same requests at the same times in virtual time, by the plan
+alone, and with what the run showed put in (bench/engine_load.py).
+
+Writes engine_gpu.md and .csv after each part, so that one that fails takes nothing along; also
+engine_steps.csv, every step of the loads, and plan.yaml.
 """
 
 import argparse
-import math
+import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bench.engine_load import BURST, LOAD_S, NEW_TOKENS, SHORT, median
 from bench.engine_report import Report, Row
-from bench.engine_server import Server, median, percentile, prompt_of
+from bench.engine_server import Loads, Server, prompt_of
 from bench.parallel_gpus import agreement, plan_for, write_bundle
 from codegen.emit import emit_program
 from plans.chunks import WorkTable
 from plans.plan import Plan
 from runtime.clock import WallClock
 from runtime.executor.live import LiveExecutor
+from runtime.garbage import settle
 from runtime.program import StageProgram, load_bundle
 from runtime.sampling_params import SamplingParams
 from runtime.weights import random_weights
 
-NEW_TOKENS = 64
-SHORT = 1000
-BURST = 256
-RATE_RPS = 4.0
-LOAD_S = 60.0
-LONG_AT_S = 5.0
+SOON = 8000
+"""Prompts up to it are served alone before the loads, longer ones behind them."""
 PROFILED_STEPS = 24
 TOP_KERNELS = 12
+PARTS = ("alone", "mixed", "burst", "how", "drawn", "target", "profile")
 TARGET_PROMPTS = (5, 100, 700)
 TARGET_TOKENS = 16
 
@@ -105,35 +108,6 @@ def ablation(server: Server, tokens: int) -> Iterator[Row]:
         }
 
 
-def burst(server: Server) -> Iterator[Row]:
-    """All at once: by the plan's budget of a step, and by one that only throughput counts for."""
-    yield _burst(server)
-    yield _burst(server.with_budget(server.plan.scheduler.idle_budget_s))
-
-
-def _burst(server: Server) -> Row:
-    since = server.marks()
-    numbers = [
-        server.ask(prompt_of(SHORT, server.plan.model.vocab, seed), NEW_TOKENS)
-        for seed in range(BURST)
-    ]
-    seconds = server.run()
-    gaps = [gap for number in numbers for gap in server.gaps_s(number)]
-    ttft = [server.ttft_s(number) for number in numbers]
-    return {
-        "part": "burst",
-        "requests": BURST,
-        "step_budget_s": server.plan.scheduler.step_budget_s,
-        "seconds": seconds,
-        "tokens_per_s": BURST * (SHORT + NEW_TOKENS) / seconds,
-        "ttft_p50_s": percentile(ttft, 0.5),
-        "ttft_p99_s": percentile(ttft, 0.99),
-        "tbt_p50_ms": 1e3 * percentile(gaps, 0.5),
-        "tbt_p99_ms": 1e3 * percentile(gaps, 0.99),
-        **server.host_ms(since),
-    }
-
-
 def drawn(server: Server) -> Iterator[Row]:
     """Time between tokens where they are drawn, and not the best ones."""
     for name, sampling in DRAWN.items():
@@ -146,40 +120,6 @@ def drawn(server: Server) -> Iterator[Row]:
             "sampling": name,
             "tbt_ms": 1e3 * median(server.gaps_s(number)[1:]),
         }
-
-
-def mixed(server: Server, long_tokens: int, seed: int) -> Row:
-    """Short prompts at random times, and a long one."""
-    draw = np.random.default_rng(seed)
-    vocab = server.plan.model.vocab
-    arrivals = np.cumsum(draw.exponential(1 / RATE_RPS, int(2 * RATE_RPS * LOAD_S)))
-    shorts = [
-        server.ask(prompt_of(SHORT, vocab, 1000 + at), NEW_TOKENS, in_s=0.5 + float(arrival_s))
-        for at, arrival_s in enumerate(arrivals[arrivals < LOAD_S])
-    ]
-    long = server.ask(prompt_of(long_tokens, vocab, seed), NEW_TOKENS, in_s=0.5 + LONG_AT_S)
-    before, since = len(server.steps), server.marks()
-    seconds = server.run()
-    ttft = [server.ttft_s(number) for number in shorts]
-    gaps = [gap for number in shorts for gap in server.gaps_s(number)]
-    steps = server.steps[before:]
-    return {
-        "part": "mixed",
-        "seed": seed,
-        "step_budget_s": server.plan.scheduler.step_budget_s,
-        "shorts": len(shorts),
-        "short_ttft_p50_s": percentile(ttft, 0.5),
-        "short_ttft_p90_s": percentile(ttft, 0.9),
-        "short_ttft_p99_s": percentile(ttft, 0.99),
-        "tbt_p50_ms": 1e3 * percentile(gaps, 0.5),
-        "tbt_p99_ms": 1e3 * percentile(gaps, 0.99),
-        "tbt_max_ms": 1e3 * max(gaps),
-        "long_ttft_s": server.ttft_s(long),
-        "seconds": seconds,
-        "steps": len(steps),
-        "device_s": sum(each[2] for each in steps),
-        **server.host_ms(since),
-    }
 
 
 def union_s(recorded: profile) -> float:
@@ -203,7 +143,7 @@ def profiled(server: Server, what: str, tokens: int) -> Iterator[Row]:
     if what == "decode":
         while len(server.tokens[number]) < 4:
             tick()
-    first = len(server.executor.submit_s), len(server.decide_s), len(server.steps)
+    first = len(server.executor.submit_s), len(server.decide_s), len(server.log.steps)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         torch.cuda.synchronize()
         began_s = time.perf_counter()
@@ -215,7 +155,7 @@ def profiled(server: Server, what: str, tokens: int) -> Iterator[Row]:
                 tick()
         wall_s = time.perf_counter() - began_s
         torch.cuda.synchronize()
-    steps = PROFILED_STEPS if what == "decode" else len(server.steps) - first[2]
+    steps = PROFILED_STEPS if what == "decode" else len(server.log.steps) - first[2]
     server.run()
     submits = [seconds for _, seconds in server.executor.submit_s[first[0] :]]
     events = [
@@ -300,25 +240,40 @@ def compared(
     answers: list[list[int]],
     logits: dict[tuple[int, int], torch.Tensor],
 ) -> Iterator[Row]:
-    """Ours beside the target's; at the first difference, what our token's logit lacks there."""
+    """Ours beside the target's, each on its own way; then ours behind each of the target's tokens.
+
+    Random weights leave many near ties, and one other token makes another text: so what agrees is
+    counted where both have read the same, with the largest and the mean difference of their logits,
+    and what our token lacks in the target's eyes.
+    """
     for at, (own, other) in enumerate(zip(target_prompts(server), answers, strict=True)):
         same = agreement(own, other)
-        gap = math.nan
-        if same < len(other):
-            logits_V = logits[at, same]
-            gap = float(logits_V.max() - logits_V[own[same]])
+        prompt = prompt_of(TARGET_PROMPTS[at], server.plan.model.vocab, 3)
+        errors, gaps = [], []
+        for count in range(len(other)):
+            with server.watching() as seen:
+                number = server.ask(prompt + other[:count], 1)
+                server.run()
+            theirs_V, ours_V = logits[at, count].float(), seen[number, 0].float()
+            errors.append((theirs_V - ours_V).abs())
+            gaps.append(float(theirs_V.max() - theirs_V[server.tokens[number][0]]))
         yield {
             "part": "target",
             "prompt_tokens": TARGET_PROMPTS[at],
             "tokens_agree": f"{same}/{len(other)}",
-            "gap": gap,
+            "forced_agree": f"{sum(gap == 0 for gap in gaps)}/{len(other)}",
+            "gap": max(gaps),
+            "logit_error_max": max(float(each.max()) for each in errors),
+            "logit_error_mean": median([float(each.mean()) for each in errors]),
         }
 
 
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def loaded(plan: Plan, program: StageProgram, report: Report) -> tuple[Server, Any]:
+def loaded(
+    plan: Plan, program: StageProgram, report: Report, *, with_target: bool
+) -> tuple[Server, Any]:
     """The server, warmed up; and the target's answers, made before the large page pool."""
     clock = WallClock()
     on_gpu = torch.cuda.is_available()
@@ -333,18 +288,20 @@ def loaded(plan: Plan, program: StageProgram, report: Report) -> tuple[Server, A
         target.append(target_tokens(plan, weights, clock))
         yield from ()
 
-    report.part("target", run_target)
+    if with_target:
+        report.part("target", run_target)
     executor = LiveExecutor(plan, program, weights, clock=clock)
     pool_bytes = torch.cuda.memory_allocated() if on_gpu else 0
     began_s = time.monotonic()
     executor.warm_up()
+    settle()
     graphs = executor._graphs  # noqa: SLF001 - whether it has any is what the row says
     report.rows.append(
         {
             "part": "start",
             "weights_s": weights_s,
             "warm_up_s": time.monotonic() - began_s,
-            "graphs": "none" if graphs is None else "decodes {}, chunks {}".format(*graphs.count()),
+            "graphs": "none" if graphs is None else str(graphs.count()),
             "weights_and_pool_gb": pool_bytes / 1e9,
             "reserved_gb": torch.cuda.memory_reserved() / 1e9 if on_gpu else 0.0,
             "feeds_back": executor.feeds_back,
@@ -359,31 +316,44 @@ Job = tuple[str, Callable[[], Row | Iterator[Row]]]
 def jobs(
     server: Server,
     target: Any,
+    loads: Loads,
     *,
-    lengths: list[int],
-    repeats: list[int],
+    prompts: Sequence[tuple[int, int]],
     seeds: int,
-    budgets_s: list[float],
+    budgets_s: Sequence[float],
 ) -> Iterator[Job]:
-    """All parts, by name."""
+    """All parts by name, what matters most first.
+
+    prompts    (tokens, repeats) of those that are served alone
+    budgets_s  of steps, for the mixed load
+    """
+    yield from alone_jobs(server, [each for each in prompts if each[0] <= SOON])
+    mixed = [
+        (f"mixed {budget_s} {seed}", functools.partial(loads.mixed, server, budget_s, seed))
+        for seed in range(seeds)
+        for budget_s in budgets_s
+    ]
+    yield from mixed[:1]
+    scheduler = server.plan.scheduler
+    for budget_s in (scheduler.step_budget_s, scheduler.idle_budget_s):
+        yield f"burst {budget_s}", functools.partial(loads.at_once, server, budget_s)
+    yield from mixed[1:]
+    yield from alone_jobs(server, [each for each in prompts if each[0] > SOON])
+    lengths = [tokens for tokens, _ in prompts]
+    yield f"how {lengths[0]}", functools.partial(ablation, server, lengths[0])
+    yield "drawn", functools.partial(drawn, server)
     yield "target", lambda: compared(server, *target)
-    for tokens, count in zip(lengths, repeats, strict=False):
-        yield f"alone {tokens}", lambda t=tokens, n=count: alone(server, t, n)
-    for tokens in lengths[:1]:
-        yield f"how {tokens}", lambda t=tokens: ablation(server, t)
     if torch.cuda.is_available():
-        for tokens in lengths[:3:2]:
-            yield f"profile decode {tokens}", lambda t=tokens: profiled(server, "decode", t)
-        for tokens in lengths[:3:2]:
-            yield f"profile prompt {tokens}", lambda t=tokens: profiled(server, "prompt", t)
-    yield "drawn", lambda: drawn(server)
-    yield "burst", lambda: burst(server)
-    for budget_s in budgets_s:
-        for seed in range(seeds):
-            yield (
-                f"mixed {budget_s} {seed}",
-                lambda b=budget_s, s=seed: mixed(server.with_budget(b), max(lengths), s),
-            )
+        for what in ("decode", "prompt"):
+            for tokens in lengths[:3:2]:
+                name = f"profile {what} {tokens}"
+                yield name, functools.partial(profiled, server, what, tokens)
+
+
+def alone_jobs(server: Server, prompts: Sequence[tuple[int, int]]) -> Iterator[Job]:
+    """Of prompts that are served alone."""
+    for tokens, repeats in prompts:
+        yield f"alone {tokens}", functools.partial(alone, server, tokens, repeats)
 
 
 def main() -> None:
@@ -392,32 +362,36 @@ def main() -> None:
     flags.add_argument("--model", default="llama3-8b")
     flags.add_argument("--hardware", default="h100")
     flags.add_argument("--lengths", default="1000,8000,32000,128000,256000")
-    flags.add_argument("--repeats", default="5,5,3,2,1", help="For each length.")
-    flags.add_argument("--parts", default="alone,how,drawn,burst,mixed,profile,target")
-    flags.add_argument("--seeds", type=int, default=2, help="Runs of the mixed load a budget.")
-    flags.add_argument("--step-budgets", default="0.03", help="Seconds, of the mixed load.")
+    flags.add_argument("--repeats", default="5,3,2,1,1", help="For each length.")
+    flags.add_argument("--parts", default=",".join(PARTS), help="In any order; run in this one.")
+    flags.add_argument("--seeds", type=int, default=1, help="Runs of the mixed load a budget.")
+    flags.add_argument(
+        "--step-budgets", default="0.03,0.06,0.1", help="Seconds, of the mixed load."
+    )
+    flags.add_argument("--load-s", type=float, default=LOAD_S, help="Of arrivals, mixed load.")
+    flags.add_argument("--burst", type=int, default=BURST, help="Prompts at once.")
     flags.add_argument("--context", type=int, default=0, help="Default: the longest prompt.")
     flags.add_argument("--out", type=Path, required=True)
     given = flags.parse_args()
     lengths = [int(each) for each in given.lengths.split(",")]
     repeats = [int(each) for each in given.repeats.split(",")]
     parts = set(given.parts.split(","))
-    context = given.context or max(lengths) + 2 * NEW_TOKENS
+    context = given.context or max(*lengths, SHORT) + 2 * NEW_TOKENS
     plan = plan_for(given.model, given.hardware, (1, 1, 1), context)
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_bundle(plan, Path(folder))
         program = bundle.load_stage(0)
     plan = bundle.plan
     report = Report(given.out, plan)
-    server, target = loaded(plan, program, report)
+    server, target = loaded(plan, program, report, with_target="target" in parts)
     report.write()
     if target is None:
         parts.discard("target")
     given_jobs = jobs(
         server,
         target,
-        lengths=lengths,
-        repeats=repeats,
+        Loads(report.steps, max(lengths), given.burst, given.load_s),
+        prompts=list(zip(lengths, repeats, strict=False)),
         seeds=given.seeds,
         budgets_s=[float(each) for each in given.step_budgets.split(",")],
     )

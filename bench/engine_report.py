@@ -1,4 +1,4 @@
-"""Rows of a measurement, written after each part as one CSV and one table a part."""
+"""Rows of a measurement, written after each part as one CSV and one table a part; its steps too."""
 
 import csv
 import sys
@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.engine_load import write_steps
 from bench.parallel_gpus import about, shown
-from plans.codec import content_hash
+from plans.codec import content_hash, dump_file
 from plans.plan import Plan
 
 Row = dict[str, Any]
@@ -19,16 +20,20 @@ class Report:
 
     def __init__(self, out: Path, plan: Plan) -> None:
         self.rows: list[Row] = []
+        self.steps: list[Row] = []
+        """Every step of the loads."""
         self._out = out
         self._plan = plan
         out.mkdir(parents=True, exist_ok=True)
+        dump_file(out / "plan.yaml", plan)
 
     def part(self, name: str, body: Callable[[], Row | Iterator[Row]]) -> None:
         """Adds what a part yields, or why it failed."""
         began_s = time.monotonic()
         try:
             found = body()
-            self.rows += [found] if isinstance(found, dict) else list(found)
+            for row in [found] if isinstance(found, dict) else found:
+                self.rows.append(row)
         except Exception as error:  # noqa: BLE001 - a failed part is a row, not the end
             self.rows.append({"part": name, "failed": repr(error)[:300]})
             print(f"{name} failed: {error!r}", file=sys.stderr, flush=True)
@@ -36,7 +41,8 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """One CSV, and one table a part."""
+        """One CSV, one table a part, and the steps."""
+        write_steps(self._out / "engine_steps.csv", self.steps)
         fields = list(dict.fromkeys(key for row in self.rows for key in row))
         with (self._out / "engine_gpu.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, fields)

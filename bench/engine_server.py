@@ -3,14 +3,29 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 
+from bench.engine_load import (
+    NEW_TOKENS,
+    SHORT,
+    Ask,
+    Outcome,
+    Row,
+    StepLog,
+    burst_load,
+    burst_row,
+    host_of,
+    median,
+    mixed_load,
+    mixed_row,
+    predictions,
+    with_budget,
+)
 from plans.plan import Plan
 from runtime.clock import WallClock
 from runtime.engine import Engine
@@ -23,6 +38,8 @@ from runtime.scheduler import load_policy
 GREEDY = SamplingParams()
 BLOCK = 1_000_000
 """Request numbers of one engine."""
+LEAD_S = 0.5
+"""Between asking for a load and its start."""
 
 
 @dataclass
@@ -32,6 +49,10 @@ class Timed:
     inner: LiveExecutor
     submit_s: list[tuple[bool, float]] = field(default_factory=list)
     """(has chunks, seconds) by step."""
+    decided_s: float = math.nan
+    """What the step that comes next took to be decided."""
+    host: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """(deciding, launching) seconds of a step, by its number; shared with the log."""
 
     @property
     def feeds_back(self) -> bool:
@@ -43,7 +64,9 @@ class Timed:
     def submit(self, step: Step) -> None:
         began_s = time.perf_counter()
         self.inner.submit(step)
-        self.submit_s.append((bool(step.chunks), time.perf_counter() - began_s))
+        seconds = time.perf_counter() - began_s
+        self.submit_s.append((bool(step.chunks), seconds))
+        self.host[step.step_id] = self.decided_s, seconds
 
     def in_flight(self) -> int:
         return self.inner.in_flight()
@@ -63,13 +86,12 @@ class Server:
         self._others = itertools.count(first + BLOCK, BLOCK)
         self.plan = plan
         self.clock = clock
-        self.executor = Timed(executor)
+        self.log = StepLog(plan)
+        self.executor = Timed(executor, host=self.log.host)
         self.times: dict[int, list[float]] = {}
         self.tokens: dict[int, list[int]] = {}
         self.decide_s: list[float] = []
         self._now_s = 0.0
-        self.steps: list[tuple[int, int, float]] = []
-        """(decodes, chunk tokens, seconds on the device)."""
         self.engine = Engine(
             plan,
             self.executor,
@@ -86,6 +108,8 @@ class Server:
             began_s = time.perf_counter()
             step = decide(now_s)
             self.decide_s.append(time.perf_counter() - began_s)
+            if step is not None:
+                self.executor.decided_s = self.decide_s[-1]
             return step
 
         self.engine.decide = timed  # type: ignore[method-assign]
@@ -98,12 +122,12 @@ class Server:
         """Nothing to note."""
 
     def submitted(self, step: Step, now_s: float) -> None:
-        """Nothing to note."""
+        """Notes the step."""
+        self.log.submitted(step, now_s)
 
     def collected(self, result: StepResult) -> None:
-        step = result.step
-        chunked = sum(chunk.tokens for chunk in step.chunks)
-        self.steps.append((len(step.decodes), chunked, sum(result.stage_s)))
+        """Notes the step, and the time of the tokens that follow."""
+        self.log.collected(result)
         self._now_s = result.finished_s
 
     def ended(self, record: Any, now_s: float) -> None:
@@ -114,17 +138,17 @@ class Server:
         prompt: list[int],
         new_tokens: int,
         *,
-        in_s: float = 0.0,
+        at_s: float | None = None,
         sampling: SamplingParams = GREEDY,
     ) -> int:
-        """A request that arrives so many seconds from now; its number."""
+        """A request that arrives then, or now; its number."""
         number = self._first + len(self.times)
         self.times[number], self.tokens[number] = [], []
         self.executor.inner.add_request(number, prompt, sampling)
         self.engine.add(
             Request(
                 number=number,
-                arrival_s=self.clock.now_s() + in_s,
+                arrival_s=self.clock.now_s() if at_s is None else at_s,
                 prompt_tokens=len(prompt),
                 max_tokens=new_tokens,
             )
@@ -137,10 +161,26 @@ class Server:
         self.engine.run()
         return self.clock.now_s() - began_s
 
+    def serve(self, load: Sequence[Ask]) -> Outcome:
+        """A load, from its start to its end."""
+        vocab, before = self.plan.model.vocab, len(self.log.steps)
+        prompts = [prompt_of(ask.tokens, vocab, ask.seed) for ask in load]
+        start_s = self.clock.now_s() + LEAD_S
+        numbers = [
+            self.ask(prompt, NEW_TOKENS, at_s=start_s + ask.at_s)
+            for ask, prompt in zip(load, prompts, strict=True)
+        ]
+        self.run()
+        steps = [
+            each | {name: each[name] - start_s for name in ("packed_s", "ended_s")}
+            for each in self.log.steps[before:]
+        ]
+        times = [[at_s - start_s for at_s in self.times[number]] for number in numbers]
+        return Outcome(load=load, times=times, steps=steps)
+
     def with_budget(self, budget_s: float) -> "Server":
         """Another engine over the executor, whose steps may take as long while others decode."""
-        scheduler = msgspec.structs.replace(self.plan.scheduler, step_budget_s=budget_s)
-        plan = msgspec.structs.replace(self.plan, scheduler=scheduler)
+        plan = with_budget(self.plan, budget_s)
         return Server(plan, self.executor.inner, self.clock, first=next(self._others))
 
     def host_ms(self, since: tuple[int, int]) -> dict[str, float]:
@@ -166,6 +206,19 @@ class Server:
         return np.diff(np.array(self.times[number])).tolist()
 
     @contextmanager
+    def watching(self) -> Iterator[dict[tuple[int, int], Any]]:
+        """Runs inside leave the logits of each token, by (request, tokens before)."""
+        seen: dict[tuple[int, int], Any] = {}
+        inner = self.executor.inner
+        inner._on_logits = lambda number, at, each_V: seen.__setitem__(  # noqa: SLF001
+            (number, at), each_V.cpu()
+        )
+        try:
+            yield seen
+        finally:
+            inner._on_logits = None  # noqa: SLF001
+
+    @contextmanager
     def mode(self, *, graphs: bool, ahead: bool) -> Iterator[None]:
         """Runs inside differ in how steps are launched."""
         inner = self.executor.inner
@@ -180,17 +233,50 @@ class Server:
             self.engine.book.ahead = kept[1]
 
 
+Figures = Callable[[Outcome], Row]
+
+
+@dataclass(frozen=True)
+class Loads:
+    """The loads that are served, and where their steps are kept."""
+
+    steps: list[Row]
+    long_tokens: int
+    burst: int
+    duration_s: float
+
+    def at_once(self, server: Server, budget_s: float) -> Iterator[Row]:
+        """A burst, with steps of such a length."""
+        about = {"part": "burst"}
+        yield from self._rows(about, server, budget_s, load=burst_load(self.burst), of=burst_row)
+
+    def mixed(self, server: Server, budget_s: float, seed: int) -> Iterator[Row]:
+        """Short prompts at random times, and a long one."""
+        load = mixed_load(seed, self.long_tokens, self.duration_s)
+        about = {"part": "mixed", "seed": seed, "load_s": self.duration_s}
+        yield from self._rows(about, server, budget_s, load=load, of=mixed_row)
+
+    def _rows(
+        self, about: Row, server: Server, budget_s: float, *, load: Sequence[Ask], of: Figures
+    ) -> Iterator[Row]:
+        """Figures of a load as it was measured, and as it is predicted.
+
+        server  has served prompts alone, by which the host's times are known
+        """
+        chosen = server.with_budget(budget_s)
+        since, plan = chosen.marks(), chosen.plan
+        policy = plan.scheduler.policy
+        measured = chosen.serve(load)
+        row = about | {"kind": "measured", "policy": policy, "step_budget_s": budget_s}
+        yield row | of(measured) | chosen.host_ms(since)
+        place = {"part": row["part"], "step_budget_s": budget_s, "seed": row.get("seed", "")}
+        self.steps.extend(place | step for step in measured.steps)
+        lone = host_of(server.log.steps, SHORT)
+        for kind, outcome in predictions(plan, load, measured, policy, lone):
+            yield row | {"kind": kind} | of(outcome)
+
+
 def prompt_of(tokens: int, vocab: int, seed: int) -> list[int]:
     """Random token ids."""
     ids: list[int] = np.random.default_rng((seed, tokens)).integers(0, vocab, tokens).tolist()
     return ids
-
-
-def median(values: list[float]) -> float:
-    """Or NaN for none."""
-    return float(np.median(values)) if values else math.nan
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Nearest rank."""
-    return float(np.quantile(values, share, method="inverted_cdf")) if values else math.nan

@@ -4,15 +4,20 @@
 
 Per op: every row of role `check` of the device's profile (planner/catalog/profiles), predicted from
 the others; they lie between the fitted points or on shapes of other models, drawn before anything
-was measured. Attention stands there twice: by the law of a call, and as the step-time formula of a
-plan has it, which knows no tiles. Beside them what the tuner measured at the same points in another
-run on the same card, and spreads within a run: no prediction can be closer.
+was measured. Attention stands there by the law of a call, and as the step-time formula of a plan
+has it, which knows no tiles: with the coefficients of a plan for each of CONTEXTS, on those rows
+that a request of such a plan comes to. Beside them what the tuner measured at the same points in
+another run on the same card, and spreads within a run: no prediction can be closer.
 
 End to end: bench/results/engine_*_202611.csv, which bench/engine_gpu.py measured with CUDA graphs
 on, beside what a plan made now predicts. Lone prompts and lone decodes follow from the formula; a
-burst and a mixed load are served again in virtual time by the same engine and policy. The column
-`roofline` is the same prediction by the data sheet alone, on the same chunks. No figure of an
-engine is used in any fit.
+burst and a mixed load are served again in virtual time, by the same engine and policy, a step ahead
+as the live one is, with what its host takes to launch the steps of lone prompts of 1,000 tokens,
+and in the column `plan_alone` without (bench/engine_predicted.py). The column `roofline` is the
+same prediction by the data sheet alone, on the same chunks. No figure of an engine is used in any
+fit; `with_host` and `with_steps` are no predictions, they have the host's and the steps' times of
+the run put in, and say what the error is made of. Every step of the loads
+(engine_steps_*_202611.csv) stands beside its own prediction.
 
 Writes prediction_error_<device>_202611.csv and .md; asserts nothing.
 """
@@ -25,10 +30,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from msgspec.structs import replace
 
+from bench.engine_load import NEW_TOKENS
+from bench.engine_predicted import load_rows, loads_table, lone_table, step_rows
 from planner import cost, measured, profiles
 from planner.assemble import to_plan
 from planner.catalog import CATALOG, load_device, load_model, load_workload, topology_for
@@ -40,14 +46,16 @@ from plans.chunks import WorkTable
 from plans.mesh import Parallelism
 from plans.plan import MadeBy, Plan
 from plans.steptime import StepTime
-from runtime.request import Request
-from runtime.simulate import Run, simulate
 
 RESULTS = Path(__file__).with_name("results")
 ENGINE_FILES = re.compile(r"engine_(h100|h200)[a-z0-9_]*_202611\.csv")
-NEW_TOKENS, SHORT, RATE_RPS, LOAD_S, LONG_AT_S = 64, 1000, 4.0, 60.0, 5.0
-"""As bench/engine_gpu.py."""
-IN_FORMULA, TWICE, SPREAD = "(in a plan's formula)", "(measured twice)", "(spread of rounds)"
+STEP_ERRORS = ("sum", "median", "p90")
+STEPS = (
+    "Steps of those loads: their share of the device's time, medians, and how far predictions are"
+    " off, of their sum, of the median step, and of nine in ten; `ops` has no host in it:"
+)
+IN_FORMULA, TWICE, SPREAD = "in a plan for", "(measured twice)", "(spread of rounds)"
+CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1m": 1 << 20}
 Row = dict[str, Any]
 GOALS = "wanted: median 5 %, P90 15 %; end to end 10 %, better 5 %"
 
@@ -83,9 +91,10 @@ def op_rows(device: str) -> list[Row]:
     for each in table_residuals(profile, ready.fits):
         found.setdefault(op_of(each), []).append(each)
         found.setdefault("all", []).append(each)
-    for each in table_residuals(profile, ready.fits, formula=True):
-        if each.table.startswith("attention"):
-            found.setdefault(f"{each.table} {IN_FORMULA}", []).append(each)
+    for text, context in CONTEXTS.items():
+        for each in table_residuals(profile, ready.fits, context=context):
+            if each.table.startswith("attention"):
+                found.setdefault(f"{each.table} {IN_FORMULA} {text}", []).append(each)
     rows = []
     last = {"all": 2}
     for op, residuals in sorted(
@@ -97,7 +106,7 @@ def op_rows(device: str) -> list[Row]:
             {
                 "what": op,
                 "points": len(errors),
-                "median": share(errors, 0.5),
+                "median": statistics.median(map(abs, errors)),
                 "p90": share(errors, 0.9),
                 "bias": statistics.median(errors),
                 "worst": worst.error,
@@ -240,74 +249,20 @@ def engine_rows(path: Path, model: str, hardware: str) -> list[Row]:
             )
         )
     plans = [replace(plan, step_time=time) for time in times]
-    for row in found:
-        if row["part"] == "burst" and row.get("seconds"):
-            rows += burst_rows(row, plans)
-        if row["part"] == "mixed" and row.get("long_ttft_s"):
-            rows += mixed_rows(row, plans, longest)
-    return rows
+    return [*rows, *load_rows(found, plans, longest)]
 
 
-def with_budget(plan: Plan, row: dict[str, str]) -> Plan:
-    """The plan with the step budget of a measured run."""
-    if not row.get("step_budget_s"):
-        return plan
-    budget_s = float(row["step_budget_s"])
-    idle_s = max(plan.scheduler.idle_budget_s, budget_s)
-    how = replace(plan.scheduler, step_budget_s=budget_s, idle_budget_s=idle_s)
-    return replace(plan, scheduler=how)
-
-
-def served(plan: Plan, row: dict[str, str], requests: list[Request]) -> Run:
-    """The requests in virtual time."""
-    return simulate(with_budget(plan, row), requests, plan.scheduler.policy)
-
-
-def request(number: int, arrival_s: float, tokens: int) -> Request:
-    """As bench/engine_gpu.py asks."""
-    return Request(number=number, arrival_s=arrival_s, prompt_tokens=tokens, max_tokens=NEW_TOKENS)
-
-
-def burst_rows(row: dict[str, str], plans: Sequence[Plan]) -> list[Row]:
-    """All at once: how long until the last token, and to the first ones."""
-    requests = [request(number, 0.0, SHORT) for number in range(int(row["requests"]))]
-    runs = [served(plan, row, requests) for plan in plans]
-    label = f"{row['requests']} x {SHORT}, budget {row['step_budget_s'] or 'default'}"
-    ends = [max(each.finished_s for each in run.records) for run in runs]
-    firsts = [share((each.ttft_s for each in run.records), 0.5) for run in runs]
-    return [
-        compared("burst, all", label, float(row["seconds"]), *ends),
-        compared("burst, TTFT p50", label, float(row["ttft_p50_s"]), *firsts),
-    ]
-
-
-def mixed_rows(row: dict[str, str], plans: Sequence[Plan], longest: int) -> list[Row]:
-    """Short prompts by a Poisson process, and a long one."""
-    draw = np.random.default_rng(int(row["seed"]))
-    arrivals = np.cumsum(draw.exponential(1 / RATE_RPS, int(2 * RATE_RPS * LOAD_S)))
-    requests = [
-        request(number, float(at_s), SHORT)
-        for number, at_s in enumerate(arrivals[arrivals < LOAD_S])
-    ]
-    requests.append(request(len(requests), LONG_AT_S, longest))
-    runs = [served(plan, row, requests) for plan in plans]
-    label = f"{len(requests) - 1} x {SHORT} and {longest}, seed {row['seed']}"
-    shorts = [
-        [each.ttft_s for each in run.records if each.request.prompt_tokens == SHORT] for run in runs
-    ]
-    longs = [
-        next(each.ttft_s for each in run.records if each.request.prompt_tokens == longest)
-        for run in runs
-    ]
-    gaps = [share(run.short_gaps_s, 0.5) for run in runs]
-    return [
-        compared("mixed, short TTFT p50", label, float(row["short_ttft_p50_s"]),
-                 *(share(each, 0.5) for each in shorts)),
-        compared("mixed, short TTFT p99", label, float(row["short_ttft_p99_s"]),
-                 *(share(each, 0.99) for each in shorts)),
-        compared("mixed, TBT p50", label, float(row["tbt_p50_ms"]) / 1e3, *gaps),
-        compared("mixed, long TTFT", label, float(row["long_ttft_s"]), *longs),
-    ]  # fmt: skip
+def engine_steps(path: Path, model: str, hardware: str) -> list[Row]:
+    """Steps of the loads of a result file, where they were kept."""
+    steps = path.with_name(path.name.replace("engine_", "engine_steps_", 1))
+    ready = measured.prepared(hardware)
+    if not steps.exists() or ready is None:
+        return []
+    with path.open(newline="") as file:
+        alone = [row for row in csv.DictReader(file) if row["part"] == "alone"]
+    longest = max(int(row["prompt_tokens"]) for row in alone)
+    plan, _ = plans_for(model, hardware, longest + 2 * NEW_TOKENS)
+    return step_rows(steps, plan, ready)
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -317,6 +272,7 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     shares = {"bias", "error", "median", "p90", "roofline", "worst"}
+    shares |= {"share", *(f"{by}_{of}" for by in ("formula", "ops") for of in STEP_ERRORS)}
     for row in rows:
         cells = []
         for name in columns:
@@ -334,11 +290,12 @@ def report(device: str, model: str, results: Path) -> tuple[list[Row], list[str]
     name = load_device(device).name
     profile = profiles.load_profile(name)
     ops, noise = op_rows(name), [*twice_rows(name), *spread_rows(name)]
-    engines = []
+    engines, steps = [], []
     for path in sorted(results.glob("engine_*_202611.csv")):
         found = ENGINE_FILES.fullmatch(path.name)
         if found and load_device(found[1]).name == name:
             engines += engine_rows(path, model, name)
+            steps += engine_steps(path, model, name)
     lines = [f"## {name}", "", GOALS, ""]
     if profile:
         about = profile.about
@@ -352,19 +309,22 @@ def report(device: str, model: str, results: Path) -> tuple[list[Row], list[str]
         columns = ["what", "points", "median", "p90", "worst"]
         lines += ["", "What a measurement is worth:", "", *table(noise, columns)]
     if engines:
-        columns = ["what", "tokens", "measured_ms", "predicted_ms", "error", "roofline"]
-        lines += ["", f"{model} on one GPU, our engine:", "", *table(engines, columns), ""]
-        for group, rows in (
-            ("one request at a time", [row for row in engines if row["what"] in {"TTFT", "TBT"}]),
-            ("loads", [row for row in engines if row["what"] not in {"TTFT", "TBT"}]),
-        ):
+        lone = [row for row in engines if row["what"] in {"TTFT", "TBT"}]
+        loads = [row for row in engines if row["what"] not in {"TTFT", "TBT"}]
+        lines += ["", f"{model} on one GPU, our engine:", "", *lone_table(lone), ""]
+        lines += [*loads_table(loads), ""] if loads else []
+        for group, rows in (("one request at a time", lone), ("loads", loads)):
             for source in ("error", "roofline"):
                 errors = [row[source] for row in rows]
                 if errors:
                     middle, most = percent(share(errors, 0.5)), percent(share(errors, 1))
                     by = "profile" if source == "error" else source
                     lines.append(f"{group}, by {by}: median {middle}, largest {most}.")
-    return [{"device": name, **row} for row in (*ops, *noise, *engines)], lines
+    if steps:
+        columns = ["step", "steps", "share", "device_ms", "submit_ms"]
+        columns += [f"{by}_{of}" for by in ("formula", "ops") for of in STEP_ERRORS]
+        lines += ["", STEPS, "", *table(steps, columns)]
+    return [{"device": name, **row} for row in (*ops, *noise, *engines, *steps)], lines
 
 
 def main() -> None:

@@ -10,14 +10,20 @@ from types import MappingProxyType
 from typing import Literal
 
 from codegen.capture import capture
-from codegen.graph import COLLECTIVES, Program, op_name, spec_of, text_of, verify
-from codegen.kernels import source_texts
+from codegen.dump import Dump
+from codegen.graph import COLLECTIVES, Program, op_name, spec_of, verify
+from codegen.kernels import load_spec, source_texts
 from codegen.kernels.base import Range, Spec
 from codegen.passes import PASSES
 from codegen.stage_source import stage_source
 from plans.plan import Kernel, Plan, When
 
 Target = Literal["torch", "triton", "flash_attn"]
+SAMPLER = "sample"
+"""Op that draws tokens, for the last stage of a program with kernels of ours."""
+EXCHANGE = ("kvp_pack", "kvp_merge")
+"""Ops between which the runtime swaps bytes, for every stage of such a program whose kvp groups
+merge heads that they take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +35,13 @@ class EmittedProgram:
     kernels: tuple[Kernel, ...]
     """One row an op and range of tokens, sorted by op, fewest tokens first; goes into the plan."""
     peak_activation_bytes: tuple[int, ...]
-    """Largest sum of live values of each stage, for scheduler.max_step_tokens and limits.sequences.
-
-    What fused ops hold inside is in it, what others do is not."""
+    """Most bytes that each stage holds in the plan's largest steps (codegen/passes/buffers.py):
+    without weights, pages, a step's inputs and what libraries take for themselves."""
     matches: dict[str, int] = field(default_factory=dict)
     """How often each pass changed something, in their order."""
     graphs: dict[str, str] = field(default_factory=dict)
-    """The program's graphs after capture and after each pass, by numbered name; only if asked."""
+    """The program's graphs after capture and after each pass, by numbered name, and `summary` with
+    all passes' matches and where the stages hold most; only if asked."""
 
 
 def default_target(plan: Plan) -> Target:
@@ -60,21 +66,35 @@ def emit_program(
     program = capture(plan.model)
     program.target = target or default_target(plan)
     verify(program)
-    graphs = {"0-capture": _dump(program)} if dump_graph else {}
+    dump = Dump(program) if dump_graph else None
     matches = {}
-    for number, apply in enumerate(PASSES, 1):
+    for apply in PASSES:
         matches[apply.__name__] = apply(program, plan)
         verify(program)
-        if dump_graph:
-            graphs[f"{number}-{apply.__name__}"] = _dump(program)
+        if dump is not None:
+            dump.add(apply.__name__, matches[apply.__name__])
     targets = _targets(program)
+    samples = program.target != "torch"
+    exchange = EXCHANGE if samples and _exchanges(program) else ()
+    # not of the graph: one draws from what the last stage returns, the others are comm.merge's
+    for op in (*exchange, *([SAMPLER] if samples else [])):
+        targets[op] = load_spec(op), "triton"
+    targets = dict(sorted(targets.items()))
     files = {
         f"program/{name}.py": text.encode()  # as it stands in this package: written to be copied
         for op, (spec, target) in targets.items()
         for name, text in source_texts(op, target, params.get(op, {}), spec.sources).items()
     }
     for stage, graph in enumerate(program.graphs):
-        text = stage_source(graph, plan=plan, stage=stage, peak_bytes=program.peak_bytes[stage])
+        last = stage == len(program.graphs) - 1
+        text = stage_source(
+            graph,
+            plan=plan,
+            stage=stage,
+            peak_bytes=program.peak_bytes[stage],
+            sampler=SAMPLER if samples and last else None,
+            exchange=exchange,
+        )
         files[f"program/stage_{stage}.py"] = text.encode()
     return EmittedProgram(
         files=dict(sorted(files.items())),
@@ -85,7 +105,7 @@ def emit_program(
         ),
         peak_activation_bytes=tuple(program.peak_bytes),
         matches=matches,
-        graphs=graphs,
+        graphs=dump.texts(plan) if dump is not None else {},
     )
 
 
@@ -98,6 +118,17 @@ def _targets(program: Program) -> dict[str, tuple[Spec, Target]]:
             if op is not None and op not in COLLECTIVES:
                 found[op] = spec_of(node), node.meta["target"]
     return dict(sorted(found.items()))
+
+
+def _exchanges(program: Program) -> bool:
+    """Whether kvp groups merge heads that the kernels of EXCHANGE are made for."""
+    takes = load_spec(EXCHANGE[0]).takes
+    assert takes is not None, "the spec says which heads"
+    return any(
+        op_name(node) == "merge" and takes(*(each.meta["value"] for each in node.all_input_nodes))
+        for graph in program.graphs
+        for node in graph.nodes
+    )
 
 
 def _rows(spec: Spec, target: Target, params: Mapping[str, int]) -> Iterator[Kernel]:
@@ -118,9 +149,3 @@ def _rows(spec: Spec, target: Target, params: Mapping[str, int]) -> Iterator[Ker
             params={name: params[name] for name in each.params},
             file=file,
         )
-
-
-def _dump(program: Program) -> str:
-    return "\n".join(
-        f"stage {stage}\n{text_of(graph)}" for stage, graph in enumerate(program.graphs)
-    )

@@ -31,6 +31,24 @@ INV_FREQ = "model.inv_freq_H2"
 """The one get_attr that is no weight: emission writes its numbers into the program."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The call during which a stage holds most."""
+
+    op: str
+    layer: int | None
+    values: int
+    """Bytes of values that live before it and through it."""
+    results: int
+    inside: int
+    """What it allocates besides its results."""
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.values + self.results + self.inside
+
+
 @dataclass
 class Program:
     """The graphs of the stages while passes work on them."""
@@ -40,8 +58,13 @@ class Program:
     """What the lower pass aims at: "torch", or "triton" or a library where an op has such one."""
     tp: int = 1
     """Ranks that share the weights; set by the shard pass."""
-    peak_bytes: list[int] = field(default_factory=list)
-    """Largest sum of live values of each stage, set by the buffers pass."""
+    peaks: list[Peak] = field(default_factory=list)
+    """Where each stage holds most, set by the buffers pass."""
+
+    @property
+    def peak_bytes(self) -> list[int]:
+        """Most bytes that each stage holds."""
+        return [peak.bytes for peak in self.peaks]
 
 
 def op_name(node: fx.Node) -> str | None:
@@ -214,6 +237,8 @@ def _lines(graph: fx.Graph, number: dict[fx.Node, str]) -> Iterator[str]:
             notes.append(f"rows of {' '.join(fused)}")
         if node.meta.get("frees"):
             notes.append("frees " + " ".join(number[each] for each in node.meta["frees"]))
+        if "holds" in node.meta and op_name(node):
+            notes.append(f"holds {node.meta['holds']}")
         note = f"  # {'; '.join(notes)}" if notes else ""
         yield f"{number[node]} = {op_name(node) or 'item'}({args}): {shown}{note}"
 

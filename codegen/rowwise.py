@@ -16,15 +16,17 @@ from typing import Any, Literal
 
 from codegen.kernels import load_spec
 from codegen.kernels.base import Value
+from codegen.rowwise_table import REDUCED, TABLE
 
-Kind = Literal["row", "vector", "scalar"]
-POINTWISE = ("add", "mul", "silu", "to_fp32")
-REDUCTIONS = ("rms_norm",)
-ROW_WISE = (*POINTWISE, *REDUCTIONS, "silu_mul")
+Kind = Literal["row", "vector", "number", "scalar"]
+REDUCTIONS = ("rms_norm", *REDUCED)
+ROW_WISE = (*TABLE, "silu_mul")
 """Ops that a region may hold; silu_mul is two cuts, silu and mul."""
-NAMES = {"add": "total", "mul": "product", "silu": "gate", "rms_norm": "normed", "to_fp32": "wide"}
-"""What a step's result is called in the sources."""
-ARGUMENTS = {"add": ("a", "b"), "mul": ("a", "b"), "rms_norm": ("x", "weight", "eps")}
+ARGUMENTS = {
+    **{op: ("a", "b") for op, each in TABLE.items() if each.args == 2},
+    "cast": ("x", "like"),
+    "rms_norm": ("x", "weight", "eps"),
+}
 """What arguments are called after the first step that reads them; of others `x`."""
 
 
@@ -33,7 +35,7 @@ class Input:
     """An argument of the call."""
 
     kind: Kind
-    """Of each row, of each column, or one number."""
+    """A row each, one of all rows, a number of each row, or one number."""
     name: str
     classes: tuple[int, ...] = ()
     """Class of each segment; empty for a number."""
@@ -44,10 +46,11 @@ class Step:
     """One op. Arguments are places in `Region.values`: inputs first, then steps."""
 
     op: str
-    """Of POINTWISE or REDUCTIONS, or `cut`, which yields segments `first` and following."""
+    """Of rowwise_table.TABLE, or `cut`, which yields segments `first` and following."""
     args: tuple[int, ...]
     name: str
     classes: tuple[int, ...]
+    """Class of each segment; empty for a number of each row."""
     first: int = 0
 
 
@@ -98,7 +101,31 @@ class Region:
         value = self.values[place]
         if isinstance(value, Input):
             return place
-        return None if value.op == "to_fp32" else self.dtype_of(value.args[0])
+        if value.op == "to_fp32":
+            return None
+        if value.op == "cast":
+            return self.dtype_of(value.args[1])
+        tensors = [each for each in value.args if not self.is_scalar(each)]
+        return self.dtype_of(min(tensors, key=self.is_vector))
+
+    def is_vector(self, place: int) -> bool:
+        """Whether a value is a row that all rows share: its type decides nothing."""
+        value = self.values[place]
+        return isinstance(value, Input) and value.kind == "vector"
+
+    def is_scalar(self, place: int) -> bool:
+        """Whether a value is one number for all rows."""
+        value = self.values[place]
+        return isinstance(value, Input) and value.kind == "scalar"
+
+    def keeps_zeros(self, place: int) -> bool:
+        """Whether columns that are not there hold zero in a value."""
+        value = self.values[place]
+        if isinstance(value, Input) or not value.classes:
+            return bool(value.classes)
+        if value.op in ("cut", "cast", "rms_norm"):
+            return self.keeps_zeros(value.args[0])
+        return TABLE[value.op].zero and all(map(self.keeps_zeros, value.args))
 
     def width_source(self, group: int) -> tuple[int, int] | None:
         """A row argument that has only segments of this class, and how many; None for a number."""
@@ -125,7 +152,9 @@ class Region:
         """The results by the rules of the ops."""
         widths = self.widths_for(args)
         for value, arg in zip(self.inputs, args, strict=True):
-            if value.kind != "scalar":
+            if value.kind == "number":
+                assert arg.shape[-1] == 1, f"{value.name} {arg} is no number a row"
+            elif value.kind != "scalar":
                 size = sum(widths[group] for group in value.classes)
                 assert arg.shape[-1] == size, f"{value.name} {arg} is not {size} wide"
         found: list[Any] = list(args)
@@ -134,10 +163,29 @@ class Region:
             if step.op == "cut":
                 size = sum(widths[group] for group in step.classes)
                 found.append(Value(shape=(*own[0].shape[:-1], size), dtype=own[0].dtype))
+            elif TABLE[step.op].torch:
+                found.append(inferred(step.op, own))
             else:
                 found.append(load_spec(step.op).infer(*own))
         results = tuple(found[place] for place in self.outputs)
         return results if len(results) > 1 else results[0]
+
+
+def inferred(op: str, args: Sequence[Any]) -> Value:
+    """The result of an op of the table that has no folder: tensors are of one type."""
+    tensors = [each for each in args if isinstance(each, Value)]
+    first = tensors[0]
+    if op in REDUCED:
+        return Value(shape=(*first.shape[:-1], 1), dtype=first.dtype)
+    if op == "cast":
+        return Value(shape=first.shape, dtype=tensors[1].dtype)
+    widest = max(tensors, key=lambda each: (len(each.shape), each.shape[-1] != 1))
+    for each in tensors:
+        shared = len(each.shape) == 1 and widest.dtype == "fp32"
+        assert shared or each.dtype == widest.dtype, f"{op} of {tensors}"
+        assert each.shape[:-1] in {widest.shape[:-1], ()}, f"{op} of {tensors}"
+        assert each.shape[-1] in {1, widest.shape[-1]}, f"{op} of {tensors}"
+    return widest
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -170,13 +218,19 @@ class Builder:
         """A tensor of one row, which all rows share."""
         return self._add(Raw(op="vector", width=width, name=name))
 
+    def number(self, name: str = "") -> int:
+        """A tensor with one number a row."""
+        return self._add(Raw(op="number", name=name))
+
     def scalar(self, name: str = "") -> int:
         """A number."""
         return self._add(Raw(op="scalar", name=name))
 
     def step(self, op: str, *args: int) -> int:
         """One of ROW_WISE."""
-        width = self.raws[args[0]].width
+        width = max(self.raws[each].width for each in args)
+        if op in REDUCED:
+            width = 0
         if op == "silu_mul":
             gate = self.step("silu", self.cut(args[0], 0, width // 2))
             return self.step("mul", gate, self.cut(args[0], width // 2, width // 2))
@@ -234,8 +288,8 @@ def _points(raws: Sequence[Raw]) -> list[list[int]]:
                 whole |= {raw.first + each for each in found[at]}
                 found[at] |= {each - raw.first for each in whole if raw.first <= each <= end}
                 continue
-            alike = [at, *(each for each in raw.args if raws[each].op != "scalar")]
-            if raw.args:
+            alike = [each for each in (at, *raw.args) if raws[each].width]
+            if raw.width:
                 union = set().union(*(found[each] for each in alike))
                 for each in alike:
                     found[each] |= union
@@ -255,7 +309,7 @@ def _classes(
 
     for at, raw in enumerate(raws):
         for arg in raw.args:
-            if raws[arg].op != "scalar":
+            if raws[arg].width and raw.width:
                 shift = points[arg].index(raw.first) if raw.op == "cut" else 0
                 for segment in range(len(points[at]) - 1):
                     parent[root((at, segment))] = root((arg, segment + shift))
@@ -264,7 +318,7 @@ def _classes(
     sizes: list[int] = []
     for at in order:
         own = []
-        for segment in range(len(points[at]) - 1 if raws[at].op != "scalar" else 0):
+        for segment in range(len(points[at]) - 1):
             top = root((at, segment))
             if top not in numbers:
                 numbers[top] = len(sizes)
@@ -284,7 +338,11 @@ def _names(raws: Sequence[Raw], order: Sequence[int]) -> dict[int, str]:
     found: dict[int, str] = {}
     for at in order:
         raw = raws[at]
-        stem = NAMES.get(raw.op, "part") if raw.args else raw.name or wanted.get(at, "x")
+        stem = (
+            (TABLE[raw.op].name if raw.op in TABLE else "part")
+            if raw.args
+            else raw.name or wanted.get(at, "x")
+        )
         name, number = stem, 2
         while name in taken:
             name, number = f"{stem}{number}", number + 1

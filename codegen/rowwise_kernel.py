@@ -1,65 +1,18 @@
 """The Triton body of a row-wise region (codegen/rowwise.py): loads, steps and stores of its tiles.
 
-Columns beyond the width and rows beyond the last hold zeros, which every op maps to zero, so that
-no sum has to mask them. Weights are no kernel's result: they are fetched before the wait for the
-kernel before.
+Columns beyond the width and rows beyond the last are loaded as zeros. Where every op before a sum
+maps zeros to zero, it has nothing to mask. Weights are no kernel's result: they are fetched before
+the wait for the kernel before.
 """
 
 from collections.abc import Mapping, Sequence
 
-from codegen.rowwise import Input, Region, Step
+from codegen.rowwise import REDUCTIONS, Input, Region, Step
+from codegen.rowwise_table import REDUCED, TABLE
+from codegen.rowwise_text import INDENT, call_text, folded, stem_of, sum_text, tag_of
 
-WIDTH = 100
-INDENT = "    "
 Tile = tuple[int, int]
 """A value's place and one of its segments."""
-
-
-# --- text -----------------------------------------------------------------------------------------
-
-
-def letters(value: Input | Step) -> str:
-    """Name of a tensor in Python."""
-    if isinstance(value, Input) and value.kind == "scalar":
-        return value.name
-    if isinstance(value, Input) and "_" in value.name:
-        return value.name
-    vector = isinstance(value, Input) and value.kind == "vector"
-    return f"{value.name}_{'D' if vector else 'TD'}"
-
-
-def stem_of(value: Input | Step) -> str:
-    """Name of a tile in Triton: without the letters of its shape."""
-    head, _, letters = value.name.rpartition("_")
-    return head if head and letters.isupper() else value.name
-
-
-def call_text(
-    head: str, args: Sequence[str], tail: str, depth: int, *, trailing: bool = True
-) -> str:
-    """A call as ruff formats it: on one line, else its arguments on one, else one a line."""
-    pad = INDENT * depth
-    line = f"{pad}{head}{', '.join(args)}{tail}"
-    if len(line) <= WIDTH:
-        return line
-    inner = f"{pad}{INDENT}{', '.join(args)}"
-    if len(inner) <= WIDTH and not trailing:
-        return f"{pad}{head}\n{inner}\n{pad}{tail}"
-    return "\n".join([f"{pad}{head}", *(f"{pad}{INDENT}{arg}," for arg in args), f"{pad}{tail}"])
-
-
-def tag_of(groups: Sequence[object], at: int) -> str:
-    return f"_{at}" if len(groups) > 1 else ""
-
-
-def sum_text(region: Region, classes: Sequence[int], name: str) -> str:
-    """Columns of some segments, such as `2 * width_0 + width_1`; "" for none."""
-    terms = []
-    for group in dict.fromkeys(classes):
-        count = list(classes).count(group)
-        one = f"{name}{tag_of(region.widths, group)}"
-        terms.append(one if count == 1 else f"{count} * {one}")
-    return " + ".join(terms)
 
 
 # --- kernel ---------------------------------------------------------------------------------------
@@ -71,6 +24,12 @@ class _Kernel:
     def __init__(self, region: Region) -> None:
         self.region = region
         self.values = region.values
+
+    def step(self, place: int) -> Step:
+        """The step at a place that is known to be one."""
+        value = self.values[place]
+        assert isinstance(value, Step), "arguments are loaded"
+        return value
 
     def name(self, tile: Tile) -> str:
         """The variable that holds a tile; cuts and fp32 forms are their argument's."""
@@ -103,18 +62,35 @@ class _Kernel:
             found.add(tile)
             value = self.values[tile[0]]
             if isinstance(value, Step):
-                stack += [
-                    (place, tile[1] + value.first)
-                    for place in value.args
-                    if self.values[place].classes
-                ]
+                stack += self.read_by(value, tile[1])
         return sorted(found)
+
+    def read_by(self, step: Step, segment: int) -> list[Tile]:
+        """Tiles and numbers of rows from which a segment of a step is made."""
+        found = []
+        for place in self.data(step):
+            count = len(self.values[place].classes)
+            if not count:
+                found.append((place, 0))
+            elif step.op in REDUCED:
+                found += [(place, each) for each in range(count)]
+            else:
+                found.append((place, segment + step.first))
+        return found
+
+    def data(self, step: Step) -> list[int]:
+        """Arguments that are tensors and read; `like` of a cast only has a type."""
+        args = step.args[:1] if step.op == "cast" else step.args
+        return [each for each in args if not self.region.is_scalar(each)]
 
     def load(self, tile: Tile, at: str, mask: Mapping[str, str]) -> str:
         """A segment of an argument, in fp32."""
         place, segment = tile
         value = self.values[place]
         assert isinstance(value, Input), "steps are computed"
+        if value.kind == "number":
+            pointer = f"{stem_of(value)}_ptr + row, mask=row < rows, other=0.0"
+            return f"{self.name(tile)} = tl.load({pointer}).to(tl.float32)"
         pointer = f"{stem_of(value)}_ptr{self.offset(value, segment)}"
         head = f"{self.name(tile)} = tl.load("
         args = [f"{pointer} + {at}", f"mask={mask[value.kind]}", "other=0.0"]
@@ -130,24 +106,28 @@ class _Kernel:
         place, segment = tile
         step = self.values[place]
         assert isinstance(step, Step), "arguments are loaded"
-        args = [self.name((each, segment)) for each in step.args if self.values[each].classes]
+        args = [self.operand_text(each, segment) for each in step.args]
         own = self.name(tile)
-        if step.op == "add":
-            return [f"{own} = {self.rounded(f'{args[0]} + {args[1]}', place)}"]
-        if step.op == "mul":
-            return [f"{own} = {self.rounded(f'{args[0]} * {args[1]}', place)}"]
-        if step.op == "silu":
-            return [f"{own} = {self.rounded(f'{args[0]} / (1.0 + tl.exp(-{args[0]}))', place)}"]
         if step.op == "rms_norm":
             scaled = self.rounded(f"{args[0]} * {stem_of(step)}_scale", place)
             return [f"{own} = {scaled}", f"{own} = {self.rounded(f'{own} * {args[1]}', place)}"]
-        assert step.op in ("cut", "to_fp32"), f"no Triton form of {step.op}"
-        return []  # the same registers
+        if step.op in ("cut", "to_fp32"):
+            return []  # the same registers
+        return [f"{own} = {self.rounded(TABLE[step.op].triton.format(*args), place)}"]
+
+    def operand_text(self, place: int, segment: int) -> str:
+        """The variable of an argument of a pointwise step."""
+        if self.region.is_scalar(place):
+            return stem_of(self.values[place])
+        return self.name((place, segment if self.values[place].classes else 0))
 
     def store(self, tile: Tile, at: str) -> str:
         """A segment of a result."""
         place, segment = tile
         value = self.values[place]
+        if not value.classes:
+            text = f"{self.name(tile)}.to({self.dtype(place)})"
+            return f"tl.store({stem_of(value)}_ptr + row, {text}, mask=row < rows)"
         pointer = f"{stem_of(value)}_ptr{self.offset(value, segment)}"
         return f"tl.store({pointer} + {at}, {self.name(tile)}.to({self.dtype(place)}), mask=inside)"
 
@@ -156,13 +136,36 @@ class _Kernel:
         return [
             (place, segment)
             for place in self.region.outputs
-            for segment in range(len(self.values[place].classes))
+            for segment in range(len(self.values[place].classes) or 1)
         ]
+
+    def reduced(self, place: int, parts: Sequence[str]) -> list[str]:
+        """What a reduction makes of the results of its segments, [ROWS] each."""
+        step = self.step(place)
+        if step.op == "rms_norm":
+            return self.scale(place, parts)
+        own, joined = self.name((place, 0)), parts[0]
+        for each in parts[1:]:
+            joined = TABLE[step.op].triton.format(joined, each)
+        if len(parts) > 1 and step.op != "max":
+            joined = f"({joined})"
+        joined = f"{joined}[:, None]"
+        if step.op == "mean":
+            width = sum_text(self.region, self.values[step.args[0]].classes, "WIDTH")
+            joined += f" / ({width})" if " " in width else f" / {width}"
+        return [f"{own} = {self.rounded(joined, place)}"]
+
+    def part(self, place: int, tile: Tile, there: str) -> str:
+        """What a reduction adds up of a tile, or compares; columns beyond the last are left out."""
+        step, name = self.step(place), self.name(tile)
+        start = TABLE[step.op].start or "0.0"
+        if step.op == "max" or not self.region.keeps_zeros(tile[0]):
+            name = f"tl.where({there}, {name}, {start})"
+        return f"{name} * {name}" if step.op == "rms_norm" else name
 
     def scale(self, place: int, sums: Sequence[str]) -> list[str]:
         """1 / rms of a row from the sums of its segments' squares."""
-        step = self.values[place]
-        assert isinstance(step, Step), "reductions are steps"
+        step = self.step(place)
         width = sum_text(self.region, step.classes, "WIDTH")
         width = f"({width})" if " " in width else width
         eps, own = stem_of(self.values[step.args[2]]), stem_of(step)
@@ -184,14 +187,14 @@ class _Kernel:
         return [
             place
             for place, value in enumerate(self.values)
-            if isinstance(value, Step) and value.op == "rms_norm"
+            if isinstance(value, Step) and value.op in REDUCTIONS
         ]
 
     def operand(self, place: int) -> list[Tile]:
-        """Segments of what a reduction sums the squares of."""
-        step = self.values[place]
-        assert isinstance(step, Step), "reductions are steps"
-        return [(step.args[0], segment) for segment in range(len(step.classes))]
+        """Segments of what a reduction goes through."""
+        step = self.step(place)
+        count = len(self.values[step.args[0]].classes)
+        return [(step.args[0], segment) for segment in range(count)]
 
     # the whole row in registers, or blocks of columns where nothing reduces
 
@@ -201,20 +204,22 @@ class _Kernel:
         tiles = self.needed(wanted)
         loads = [tile for tile in tiles if isinstance(self.values[tile[0]], Input)]
         rows = [tile for tile in loads if self.values[tile[0]].kind == "row"]  # type: ignore[union-attr]
-        vectors = [tile for tile in loads if tile not in rows]
-        lines = self.masks(sorted({self.group(tile) for tile in tiles}))
-        at = {tile: self.column(self.group(tile)) for tile in tiles}
+        numbers = [tile for tile in loads if self.values[tile[0]].kind == "number"]  # type: ignore[union-attr]
+        vectors = [tile for tile in loads if tile not in rows + numbers]
+        wide = [tile for tile in tiles if self.values[tile[0]].classes]
+        lines = self.masks(sorted({self.group(tile) for tile in wide}))
+        at = dict.fromkeys(tiles, "") | {tile: self.column(self.group(tile)) for tile in wide}
         masks = {
             tile: {
                 "row": f"inside{self.mask_tag(self.group(tile))}",
                 "vector": f"there{self.mask_tag(self.group(tile))}",
             }
-            for tile in loads
-        }
+            for tile in wide
+        } | {tile: {} for tile in numbers}
         # weights are no kernel's result: they may be on their way before the wait
         lines += [self.load(tile, at[tile], masks[tile]) for tile in vectors]
         lines += ["if OVERLAP:", f"{INDENT}tl.extra.cuda.gdc_wait()"]
-        lines += [self.load(tile, at[tile], masks[tile]) for tile in rows]
+        lines += [self.load(tile, at[tile], masks[tile]) for tile in (*numbers, *rows)]
         outputs, reductions = set(self.outputs()), set(self.reductions())
         done: set[int] = set()
         for tile in tiles:
@@ -223,16 +228,29 @@ class _Kernel:
                 continue
             if place in reductions and place not in done:
                 done.add(place)
-                sums = [
-                    f"tl.sum({self.name(each)} * {self.name(each)}, 1)"
-                    for each in self.operand(place)
-                ]
-                lines += self.scale(place, sums)
-            lines += self.compute(tile)
+                parts = []
+                for each in self.operand(place):
+                    part = self.part(place, each, f"there{self.mask_tag(self.group(each))}")
+                    parts.append(self.over_columns(place, part))
+                lines += self.reduced(place, parts)
+            if not self.is_reduced(place):
+                lines += self.compute(tile)
             if tile in outputs:
                 store = self.store(tile, at[tile])
-                lines.append(store.replace("mask=inside", f"mask={self.mask(tile)}"))
+                if at[tile]:
+                    store = store.replace("mask=inside", f"mask={self.mask(tile)}")
+                lines.append(store)
         return lines
+
+    def is_reduced(self, place: int) -> bool:
+        """Whether a value is a number of each row that a reduction makes."""
+        value = self.values[place]
+        return isinstance(value, Step) and value.op in REDUCED
+
+    def over_columns(self, place: int, text: str) -> str:
+        """A tile reduced to [ROWS]."""
+        step = self.step(place)
+        return f"tl.{'max' if step.op == 'max' else 'sum'}({text}, 1)"
 
     def masks(self, groups: Sequence[int]) -> list[str]:
         """Which columns of a tile there are, alone and in rows that there are."""
@@ -261,6 +279,8 @@ class _Kernel:
         """Loops over the columns of each class: one for each depth of reductions, and the last."""
         depth = self.depths()
         lines = ["if OVERLAP:", f"{INDENT}tl.extra.cuda.gdc_wait()"]
+        ready: set[int] = set()
+        lines += self.numbers_at(depth, 0, ready)
         for level in sorted(set(depth.values())):
             places = [place for place, own in depth.items() if own == level]
             wanted = {place: self.operand(place) for place in places}
@@ -268,12 +288,29 @@ class _Kernel:
             for group in sorted({self.group(tile) for each in wanted.values() for tile in each}):
                 lines += self.sums_loop(group, wanted, sums)
             for place in places:
-                lines += self.scale(place, sums[place])
-        for group in sorted({self.group(tile) for tile in self.outputs()}):
-            own = [tile for tile in self.outputs() if self.group(tile) == group]
+                lines += self.reduced(place, sums[place])
+            lines += self.numbers_at(depth, level, ready)
+        outputs = [tile for tile in self.outputs() if self.values[tile[0]].classes]
+        lines += [self.store(tile, "") for tile in self.outputs() if tile not in outputs]
+        for group in sorted({self.group(tile) for tile in outputs}):
+            own = [tile for tile in outputs if self.group(tile) == group]
             body = self.loop_tiles(group, own)
             body += [self.store(tile, "at") for tile in sorted(own)]
             lines += self.loop(group, body)
+        return lines
+
+    def numbers_at(self, depth: Mapping[int, int], level: int, ready: set[int]) -> list[str]:
+        """Loads and steps of numbers of rows that need no reduction deeper than `level`."""
+        lines = []
+        for place, value in enumerate(self.values):
+            scalar = self.region.is_scalar(place)
+            if value.classes or scalar or place in ready or self.is_reduced(place):
+                continue
+            if any(own > level and self.reads(place, other) for other, own in depth.items()):
+                continue
+            ready.add(place)
+            tile = (place, 0)
+            lines += [self.load(tile, "", {})] if isinstance(value, Input) else self.compute(tile)
         return lines
 
     def depths(self) -> dict[int, int]:
@@ -299,12 +336,23 @@ class _Kernel:
         own = [tile for each in wanted.values() for tile in each if self.group(tile) == group]
         lines, adding = [], []
         for place, tiles in wanted.items():
-            mine = [self.name(tile) for tile in tiles if self.group(tile) == group]
+            mine = [tile for tile in tiles if self.group(tile) == group]
             if mine:
-                squares = f"{stem_of(self.values[place])}_squares{tag}"
-                lines.append(f"{squares} = tl.zeros([ROWS, BLOCK{tag}], tl.float32)")
-                adding += [f"{squares} += {name} * {name}" for name in mine]
-                sums[place].append(f"tl.sum({squares}, 1)")
+                step = self.step(place)
+                kind = "squares" if step.op == "rms_norm" else "parts"
+                squares = f"{stem_of(step)}_{kind}{tag}"
+                shape = f"[ROWS, BLOCK{tag}]"
+                if step.op == "max":
+                    lines.append(f"{squares} = tl.full({shape}, {TABLE['max'].start}, tl.float32)")
+                else:
+                    lines.append(f"{squares} = tl.zeros({shape}, tl.float32)")
+                for tile in mine:
+                    part = self.part(place, tile, "there")
+                    if step.op == "max":
+                        adding.append(f"{squares} = tl.maximum({squares}, {part})")
+                    else:
+                        adding.append(f"{squares} += {part}")
+                sums[place].append(self.over_columns(place, squares))
         return lines + self.loop(group, self.loop_tiles(group, own) + adding)
 
     def loop_tiles(self, group: int, wanted: Sequence[Tile]) -> list[str]:
@@ -313,6 +361,8 @@ class _Kernel:
         mask = {"row": "inside", "vector": "there"}
         lines = []
         for tile in tiles:
+            if not self.values[tile[0]].classes or self.group(tile) != group:
+                continue  # numbers of rows are known
             if isinstance(self.values[tile[0]], Input):
                 lines.append(self.load(tile, "at", mask))
             else:
@@ -355,7 +405,7 @@ def kernel_source(op: str, region: Region) -> str:
     else:
         start = f"({program} // BLOCKS).to(tl.int64) * ROWS"
     lines.append(f"row = {start} + tl.arange(0, ROWS)[:, None]")
-    dtypes = {kernel.dtype(place) for place in range(len(values)) if values[place].classes}
+    dtypes = {kernel.dtype(p) for p in range(len(values)) if not region.is_scalar(p)}
     for each in region.inputs:
         name = f"{stem_of(each)}_dtype"
         if name in dtypes and _dtype_is_read(kernel, name):
@@ -366,6 +416,8 @@ def kernel_source(op: str, region: Region) -> str:
             f"{stem}_ptr += row // INNER * {stem}_stride_t + row % INNER * {stem}_stride_n"
         )
     for place in region.outputs:
+        if not values[place].classes:
+            continue
         width = sum_text(region, values[place].classes, "WIDTH")
         width = f"({width})" if "+" in width else width
         lines.append(f"{stem_of(values[place])}_ptr += row * {width}")
@@ -378,7 +430,7 @@ def kernel_source(op: str, region: Region) -> str:
         lines += [f"{INDENT}{line}" for line in kernel.straight()]
         lines.append("else:")
         lines += [f"{INDENT}{line}" for line in kernel.looped()]
-    body = "\n".join(_folded(f"{INDENT}{line}") for line in lines)
+    body = "\n".join(folded(f"{INDENT}{line}") for line in lines)
     return "@triton.jit\n" + call_text(f"def {op}_kernel(", arguments, "):", 0) + f"\n{body}"
 
 
@@ -390,18 +442,3 @@ def _dtype_is_read(kernel: _Kernel, name: str) -> bool:
         if isinstance(value, Step) and value.op not in ("cut", "to_fp32")
     ]
     return any(kernel.dtype(place) == name for place in (*steps, *kernel.region.outputs))
-
-
-def _folded(line: str) -> str:
-    """A statement as ruff formats it, where it is longer than a line."""
-    if len(line) <= WIDTH:
-        return line
-    text = line.lstrip()
-    pad = line[: len(line) - len(text)]
-    head, opened, rest = text.partition("tl.store(" if text.startswith("tl.store") else "tl.load(")
-    if opened:
-        tail = ").to(tl.float32)" if rest.endswith(").to(tl.float32)") else ")"
-        inner = rest.removesuffix(tail)
-        if len(f"{pad}{INDENT}{inner}") <= WIDTH:
-            return f"{pad}{head}{opened}\n{pad}{INDENT}{inner}\n{pad}{tail}"
-    return line

@@ -67,7 +67,16 @@ def _samples() -> dict[str, Region]:
     gated = Builder()  # no reduction, several results
     gate_up, residual = gated.row(2 * 14336), gated.row(14336)
     product = gated.step("silu_mul", gate_up)
+    softmax = Builder()  # two reductions, of which one is no sum
+    wide = softmax.step("to_fp32", logits := softmax.row(4096))
+    power = softmax.step("exp", softmax.step("sub", wide, softmax.step("max", wide)))
+    share = softmax.step("div", power, softmax.step("sum", power))
+    bent = Builder()  # erf, tanh and a number of each row from outside
+    both = bent.step("plus", bent.step("gelu", row := bent.row(4096)), bent.step("tanh", row))
+    larger = bent.step("maximum", bent.step("times", both, bent.number()), bent.scalar())
     return {
+        "softmax": softmax.region(softmax.step("cast", share, logits)),
+        "gelu_and_more": bent.region(larger),
         "add_rms_norm_2": last.region(normed),
         "add_rms_norm_rms_norm": twice.region(total, twice.step("to_fp32", outer)),
         "rms_norm_mul": heads.region(heads.step("mul", *halves), normed_heads),
@@ -85,6 +94,8 @@ def sampled() -> list[tuple[str, Compilation]]:
             "add_rms_norm_rms_norm": ((4096,), (20480,)),
             "rms_norm_mul": (tuple(width or 128 for width in region.widths),),
             "silu_mul_add": ((14336,),),
+            "softmax": ((4096,), (20480,)),
+            "gelu_and_more": ((4096,),),
         }[op]
         found += [(op, compilation(op, region, widths, source=text)) for widths in sizes]
     return found

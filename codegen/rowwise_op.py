@@ -7,13 +7,16 @@ codegen/kernels, which has their cases; all others are made here, while a graph 
 import linecache
 import types
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from codegen.kernels.base import Compilation, Search, Spec
-from codegen.rowwise import Region
-from codegen.rowwise_kernel import stem_of
+from codegen.rowwise import Builder, Kind, Region
 from codegen.rowwise_source import reference_source, triton_source, tunables
+from codegen.rowwise_text import stem_of
 
+ALONE = 64
+"""Width with which an op alone is made: it follows from the arguments."""
 DTYPES: Mapping[int, str] = types.MappingProxyType({})
 
 
@@ -130,4 +133,23 @@ def generated(op: str, region: Region) -> Callable[..., Any]:
         sources=sources,
         fused=region.ops,
     )
+    return function
+
+
+@cache
+def primitive(op: str, kinds: tuple[Kind, ...]) -> Callable[..., Any]:
+    """An op of the table alone, for arguments of these kinds; numbers of rows without a row are
+    rows of one column."""
+    rows = Builder()
+    plain = "row" in kinds
+    make: dict[Kind, Callable[[], int]] = {
+        "row": lambda: rows.row(ALONE),
+        "vector": lambda: rows.vector(ALONE),
+        "number": rows.number if plain else lambda: rows.row(ALONE),
+        "scalar": rows.scalar,
+    }
+    region = rows.region(rows.step(op, *(make[kind]() for kind in kinds)))
+    name = op if set(kinds) == {"row"} else "_".join((op, *kinds))
+    function = generated(name, region)
+    function.primitive = op  # type: ignore[attr-defined]
     return function

@@ -11,11 +11,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from codegen.rowwise import Input, Region, Step
-from codegen.rowwise_kernel import (
+from codegen.rowwise_kernel import kernel_source
+from codegen.rowwise_table import TABLE
+from codegen.rowwise_text import (
     INDENT,
     WIDTH,
     call_text,
-    kernel_source,
     letters,
     stem_of,
     sum_text,
@@ -136,7 +137,7 @@ def _formulas(region: Region) -> list[str]:
 
 def reference_source(op: str, region: Region) -> str:
     """The module of the torch form."""
-    ops = sorted(set(region.ops))
+    ops = sorted(op for op in set(region.ops) if not TABLE[op].torch)
     values = region.values
     body = []
     if any(step.op == "cut" for step in region.steps):
@@ -153,6 +154,8 @@ def reference_source(op: str, region: Region) -> str:
             if " " in first or " " in end:
                 span = f"{first} : {end}".strip()
             body.append(f"{letters(step)} = {args[0]}[..., {span}]")
+        elif TABLE[step.op].torch:
+            body.append(f"{letters(step)} = {TABLE[step.op].torch.format(*args)}")
         else:
             body.append(call_text(f"{letters(step)} = {step.op}(", args, ")", 0, trailing=False))
     results = [letters(values[place]) for place in region.outputs]
@@ -164,8 +167,7 @@ def reference_source(op: str, region: Region) -> str:
         "import torch",
         "",
         *(f"from codegen.kernels.{each}.reference import {each}" for each in ops),
-        "",
-        "",
+        *(["", ""] if ops else [""]),
         _signature(op, region),
         f"{INDENT}{_documented(region)}",
         *(f"{INDENT}{line}" for line in body),
@@ -184,7 +186,7 @@ def triton_source(op: str, region: Region) -> str:
     moved = [each for each in region.inputs if each.kind == "row"]
     columns = [*moved, *(region.values[place] for place in region.outputs)]
     total = sum_text(region, [group for each in columns for group in each.classes], "width")
-    exact = set(region.ops) <= {"add", "mul", "to_fp32"}
+    exact = all(TABLE[op].exact for op in region.ops)
     moved_bytes = f"2 x ({total})" if " + " in total else _doubled(total)
     header = HEADER.format(
         steps="\n".join(f"{INDENT}{line}" for line in _formulas(region)),
@@ -224,6 +226,8 @@ def _wrapper(op: str, region: Region) -> str:
         name = letters(each)
         lines.append(f"if {name}.stride(-1) != 1:")
         lines.append(f"{INDENT}{name} = {name}.contiguous()")
+    numbers = [letters(each) for each in region.inputs if each.kind == "number"]
+    lines += [f"{name} = {name}.contiguous()" for name in numbers]
     return_names = [letters(values[place]) for place in region.outputs]
     lines += list(_width_lines(region))
     lines += [
@@ -238,7 +242,9 @@ def _wrapper(op: str, region: Region) -> str:
         classes = values[place].classes
         alike = next((each for each in rows if each.classes == classes), None)
         shape = f"{first}.shape"
-        if alike is None:
+        if not classes:
+            shape = f"(*{first}.shape[:-1], 1)"
+        elif alike is None:
             shape = f"(*{first}.shape[:-1], {sum_text(region, classes, 'width')})"
         elif alike is not rows[0]:
             shape = f"{letters(alike)}.shape"
@@ -312,11 +318,11 @@ def _may_contract(region: Region) -> bool:
     """Whether a product is added to something: in fp32 the two would be rounded once."""
     values = region.values
     for step in region.steps:
-        if step.op == "add":
+        if step.op in ("add", "plus", "sub"):
             for place in step.args:
                 value: Input | Step = values[place]
-                while isinstance(value, Step) and value.op in ("cut", "to_fp32"):
+                while isinstance(value, Step) and value.op in ("cut", "to_fp32", "cast"):
                     value = values[value.args[0]]
-                if isinstance(value, Step) and value.op in ("mul", "rms_norm"):
+                if isinstance(value, Step) and TABLE[value.op].multiplies:
                     return True
     return False

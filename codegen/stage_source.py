@@ -24,7 +24,7 @@ HEADER = '''"""Stage {stage} of {stages}: layers {layers} of {model}, at tp {tp}
 
 T tokens of the step, R sampled rows, D hidden, N query heads, K KV heads, H head size, O outputs of
 a projection, F ffn, V vocabulary; inside, N, K, O, F and V are one rank's share.
-A step of {tokens} tokens has at most {mib:.1f} MiB of values alive.
+The largest step, of {tokens} tokens, holds {mib:.1f} MiB besides weights, pages and its inputs.
 """
 '''
 RECORDABLE = '''RECORDABLE = {recordable}
@@ -33,6 +33,12 @@ APART = {apart}
 """Ops whose launches follow the lengths of a step's sequences: they stand between two pieces."""
 SELECTS = {selects}
 """Op behind which only the sampled rows are left; None where they are not selected here."""
+'''
+SAMPLER = '''SAMPLE = {op}
+"""Draws from logits_RV, each row by its (temperature, top_k, top_p, min_p, number in [0, 1))."""
+'''
+EXCHANGE = '''EXCHANGE = {ops}
+"""Pack partial attention for other KVP groups, and merge theirs: what comm.merge may use."""
 '''
 PLACEHOLDERS = ("token_ids_T", "positions_T", "slots_T", "sample_rows_R")
 
@@ -57,11 +63,25 @@ def _in_loop(text: str, first: int) -> str:
     return text.replace("{k}", "i" if first == 0 else f"i - {first}")
 
 
-def stage_source(graph: fx.Graph, *, plan: Plan, stage: int, peak_bytes: int) -> str:
-    """The module of one stage; `peak_bytes` goes into its docstring."""
+def stage_source(
+    graph: fx.Graph,
+    *,
+    plan: Plan,
+    stage: int,
+    peak_bytes: int,
+    sampler: str | None = None,
+    exchange: tuple[str, ...] = (),
+) -> str:
+    """The module of one stage.
+
+    peak_bytes  goes into its docstring
+    sampler     op that it hands on to the runtime, which draws with it
+    exchange    ops that it hands on too, for what kvp groups send each other
+    """
     first, end = plan.stages[stage]
     rotary = any(node.target == INV_FREQ for node in graph.nodes)
     ops = {op for node in graph.nodes if (op := op_name(node)) and op not in COLLECTIVES}
+    ops |= {*exchange, *([sampler] if sampler else [])}
     imports = [f"from .{op} import {op}" for op in sorted(ops)]
     body = _body(_statements(graph, first), first, end)
     if rotary:
@@ -89,6 +109,8 @@ def stage_source(graph: fx.Graph, *, plan: Plan, stage: int, peak_bytes: int) ->
             apart="(" + "".join(f'"{op}", ' for op in _readers(graph, "inputs")).rstrip() + ")",
             selects=next((f'"{op}"' for op in _readers(graph, "sample_rows_R")), None),
         ),
+        *([SAMPLER.format(op=sampler)] if sampler else []),
+        *([EXCHANGE.format(ops=", ".join(exchange))] if exchange else []),
         *([_frequencies(plan)] if rotary else []),
         f'def forward(weights, inputs, kv, comm):\n    """Runs one step; returns {result}."""\n'
         + textwrap.indent("\n".join(body), "    ")
@@ -103,14 +125,11 @@ def stage_source(graph: fx.Graph, *, plan: Plan, stage: int, peak_bytes: int) ->
 def recordable(graph: fx.Graph) -> bool:
     """Whether a decode step's launches may be recorded and run again with other numbers.
 
-    Collectives would have to be recorded on all ranks alike. Ops that know sequences or slots read
-    them on the host, in their reference; our kernels read them on the device.
+    Ops that know sequences or slots read them on the host, in their reference; our kernels read
+    them on the device. Collectives are the runtime's, which records them on all ranks alike.
     """
-    ops = {op for node in graph.nodes if (op := op_name(node))}
     reading = {*_readers(graph, "inputs"), *_readers(graph, "slots_T")}
-    return not ops & set(COLLECTIVES) and all(
-        node.meta["target"] == "triton" for node in graph.nodes if op_name(node) in reading
-    )
+    return all(node.meta["target"] == "triton" for node in graph.nodes if op_name(node) in reading)
 
 
 def _readers(graph: fx.Graph, placeholder: str) -> tuple[str, ...]:
@@ -177,7 +196,7 @@ def _placeholder_lines(node: fx.Node, names: _Names) -> list[Line]:
     target = str(node.target)
     if target == "hidden_TD":
         return [Line(None, f"{names.bind(node)} = inputs.hidden_TD")]
-    if target == "inputs":
+    if target in {"inputs", "comm"}:
         names.text[node] = target
     elif target in PLACEHOLDERS:
         names.text[node] = f"inputs.{target}"

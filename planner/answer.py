@@ -137,7 +137,7 @@ def _replayed(
         missed = misses(world, points[0])
     else:
         raise _missed_in_replay(world, found, missed)
-    first = _best(points, keeping)
+    first = best_point(points, keeping)
     plan = _with_replay(plans[first], points[first])
     if effort == "full":
         plan = _measured(world, plan, seed=seed)
@@ -170,7 +170,7 @@ def _finalists(found: Found, most: int) -> list[Priced]:
     return list(shapes.values())[:most]
 
 
-def _best(points: list[Replay], keeping: list[int]) -> int:
+def best_point(points: list[Replay], keeping: list[int]) -> int:
     """The first of the keeping ones, unless a later one is better by more than chance."""
     best = keeping[0]
     for index in keeping[1:]:
@@ -297,10 +297,7 @@ def _could_fit(world: World) -> bool:
     """Whether some shape holds the context; the machine asked about last always counts."""
     bounds = Bounds(world)
     try:
-        return any(
-            bounds.of(root).context_tokens >= world.limits.context_tokens
-            for root in candidates(world)[0]
-        )
+        return any(bounds.of(root).fits for root in candidates(world)[0])
     except Infeasible:  # a dtype that the device does not have: search() says so
         return True
 

@@ -17,7 +17,7 @@ from msgspec import structs
 
 from planner.capacity import Work, mean_over, mean_tokens
 from planner.cost import MARGIN, step_time
-from planner.memory import reachable_context
+from planner.memory import holds
 from planner.placement import place
 from planner.price import tbt_s
 from planner.schedule import row_ends
@@ -35,8 +35,8 @@ LESS = 1 - 1e-9
 class Bound:
     """Of every variant of one shape; seconds are at least, rates at most."""
 
-    context_tokens: int
-    """Longest context that fits in memory."""
+    fits: bool
+    """Whether the context limit fits in memory."""
     tbt_full_s: float
     least_chunk_s: float
     ttft_longest_s: float
@@ -81,7 +81,7 @@ class Bounds:
         if len(every) == 1:
             return every[0]
         return Bound(
-            context_tokens=max(each.context_tokens for each in every),
+            fits=any(each.fits for each in every),
             tbt_full_s=min(each.tbt_full_s for each in every),
             least_chunk_s=min(each.least_chunk_s for each in every),
             ttft_longest_s=min(each.ttft_longest_s for each in every),
@@ -113,7 +113,13 @@ def _per_layer(world: World, tp: int) -> _PerLayer:
     candidate = Candidate(parallelism=alone, stages=cut_layers(world.model.layers, 1))
     time = step_time(world, candidate, place(world.topology, alone))
     time = structs.replace(
-        time, merge_latency_s=0.0, merge_token_s=0.0, hop_latency_s=0.0, hop_token_s=0.0
+        time,
+        # stages share what several ranks add to a step: no stage has less than one rank alone
+        overhead_s=_least_overhead_s(world),
+        merge_latency_s=0.0,
+        merge_token_s=0.0,
+        hop_latency_s=0.0,
+        hop_token_s=0.0,
     )
     knots = time.matmul
     shares = list(accumulate((knot.seconds / knot.at for knot in knots), min))
@@ -128,6 +134,12 @@ def _per_layer(world: World, tp: int) -> _PerLayer:
         token_s=token_s,
         requests={},
     )
+
+
+def _least_overhead_s(world: World) -> float:
+    one = Parallelism(idle=world.gpus - 1)
+    candidate = Candidate(parallelism=one, stages=cut_layers(world.model.layers, 1))
+    return step_time(world, candidate, place(world.topology, one)).overhead_s
 
 
 def _request(world: World, layer: _PerLayer, shard: int) -> tuple[float, float]:
@@ -209,7 +221,7 @@ def _bound(world: World, layer: _PerLayer, root: Candidate, *, whole: bool) -> B
         tokens_s = (answer - 1) * time.step_s((), [min(prompt, shard)])
         lone_s[each.name] = ttft_s(prompt) + LESS * tokens_s
     return Bound(
-        context_tokens=max(reachable_context(each, root) for each in _paged(world)),
+        fits=any(holds(each, root) for each in _paged(world)),
         tbt_full_s=LESS * tbt_s(time, shard, shard, least),
         least_chunk_s=LESS * time.step_s([(least, max(shard - least, 0))]),
         ttft_longest_s=ttft_s(context),

@@ -240,7 +240,6 @@ def _search(
     from planner.folder import PLAN_FILE, alternatives_csv, check_target, readme, write_folder
     from planner.report import REPORT_FILE, report_html
     from planner.world import asked_dtypes, make_world
-    from plans.check import check_plan
     from plans.codec import dumps
     from plans.plan import MadeBy
 
@@ -290,7 +289,7 @@ def _search(
             from planner.bundle import compile_plan
 
         plan, files = compile_plan(plan, dump_graph=dump_graph, attention=ask.attention)
-    check_plan(plan, where=f"{name} (a bug of the planner)")
+    _check_whole(plan, files)
     commands = run_commands(".", program=kernels)
     files |= {
         PLAN_FILE: dumps(plan).encode(),
@@ -309,6 +308,15 @@ def _search(
         if launch:
             tables.listed(tuple(f"bash {shlex.quote(str(folder / name))}" for name in launch.files))
             tables.say(*launch.lost_lines)
+
+
+def _check_whole(plan: "Plan", files: dict[str, bytes]) -> None:
+    """The finished plan once more, now with its program; raises for a bug of the planner."""
+    from planner.selfcheck import check_files
+    from plans.check import check_plan
+
+    check_plan(plan, where=f"{plan.name} (a bug of the planner)")
+    check_files(plan, files)
 
 
 def _check_attention(ask: Question, device: "Device", model: "Model", *, kernels: bool) -> None:

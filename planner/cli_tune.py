@@ -12,25 +12,21 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli_tune_profile import fused, profiled, progress
 from plans.errors import MedhaError, UsageError
 from runtime.interrupts import INTERRUPTED, loading, unwinding
 
 if TYPE_CHECKING:
     from codegen.tune import Outcome
-    from planner.profile import Point, Taken
-    from planner.profiles import About
 
 DEFAULT_OUT = Path("medha-tuned")
 LIMIT_S = 300.0
-HEAT_S = 0.1
-"""Of work before what power limits is timed."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -84,7 +80,7 @@ def tune(
         if kernels or both:
             _tune(device, out, effort, ops, install=install)
         if profile or both:
-            _profile(device, out, tables, limit_s, install=install)
+            profiled(device, out, tables, limit_s, install=install)
         if not install:
             print(f"not installed: {out} holds the files; --install copies them into the catalog")
     except KeyboardInterrupt:
@@ -120,7 +116,7 @@ def _list(
             print(f"not tuned: {line}")
     if profile:
         chosen = [each for each in tables or TABLES if each != "links"]
-        wanted = [*points(chosen, fused=_fused()), *link_points(2)]
+        wanted = [*points(chosen, fused=fused()), *link_points(2)]
         counts = Counter((point.table, point.role) for point in wanted)
         for table in dict.fromkeys(point.table for point in wanted):
             fit, check = counts[table, "fit"], counts[table, "check"]
@@ -168,27 +164,6 @@ def _without_paths(argv: Sequence[str]) -> list[str]:
     return [each for each in found if not each.startswith("--out=")]
 
 
-@contextmanager
-def _progress(what: str, count: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr; the function moves it on and says what comes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=count)
-
-        def moved(text: str) -> None:
-            progress.update(task, advance=1, description=text)
-
-        yield moved
-
-
 # --- kernels ------------------------------------------------------------------------------------
 
 
@@ -209,7 +184,7 @@ def _tune(
     failed = []
     gate = Gate(workers=max((os.cpu_count() or 2) - 1, 1))
     folder = out / "tuned" / device["catalog"]
-    with _progress("kernels", len(found)) as moved:
+    with progress("kernels", len(found)) as moved:
         gate.prepare(found, effort)
         reached = rates(where.device)
         for job in found:
@@ -277,116 +252,6 @@ def _kernel_lines(outcomes: "Sequence[Outcome]", rates: tuple[float, float]) -> 
             f" {gain:.3f} x the default; {params}; {len(each.rejected)} rejected"
         )
     return lines
-
-
-# --- profile ------------------------------------------------------------------------------------
-
-
-def _profile(
-    device: dict[str, str], out: Path, tables: Sequence[str], limit_s: float, *, install: bool
-) -> None:
-    from codegen.clock import GraphClock
-    from codegen.machine import first_device
-    from codegen.meter import Meter
-    from codegen.problems import release
-    from planner.profile import TABLES, points, take
-    from planner.profiles import PROFILES, read_profile
-
-    folder = out / "profiles" / device["catalog"]
-    about = _about(device, folder)
-    meter = Meter(
-        first_device(),
-        GraphClock(rounds=7, most_s=0.1),
-        GraphClock(rounds=7, most_s=0.1, heat_s=HEAT_S),
-    )
-
-    def measure(point: "Point") -> tuple[float, float]:
-        timing = meter(point.table, point.named())
-        return timing.us, timing.spread_us
-
-    wanted = points([each for each in tables or TABLES if each != "links"], fused=_fused())
-    print(f"{len(wanted)} points on {device['name']}, at most {limit_s:.0f} s", file=sys.stderr)
-    with _progress("profile", len(wanted)) as moved:
-        taken = take(
-            wanted,
-            measure,
-            folder,
-            about,
-            limit_s=limit_s,
-            note=lambda point: moved(f"{point.table} {point.key}"),
-        )
-    release()
-    _say("profile", taken)
-    if (count := int(device["count"])) > 1 and (not tables or "links" in tables):
-        _links(folder, about, count)
-    for line in read_profile(folder).ranges():
-        print(line)
-    if install:
-        _install(folder, PROFILES / device["catalog"])
-
-
-def _fused() -> tuple[str, ...]:
-    """Products with an epilogue that codegen has today."""
-    from codegen.kernels import KERNELS
-    from planner.profile import FUSED
-
-    return tuple(op for op in FUSED if op in KERNELS)
-
-
-def _about(device: dict[str, str], folder: Path) -> "About":
-    """What the profile is measured on; raises UsageError where the folder is of something else."""
-    from codegen.kernels import KERNELS, load_spec
-    from codegen.tune import source_sha256
-    from planner.profiles import ABOUT, About
-    from plans.codec import load_file
-
-    about = About(
-        device=device["name"],
-        driver=device["driver"],
-        torch=device["torch"],
-        triton=device["triton"],
-        made=device["made"],
-        command=device["command"],
-        kernels={op: source_sha256(op) for op in KERNELS if load_spec(op).params},
-    )
-    if (folder / ABOUT).exists():
-        before = load_file(folder / ABOUT, About)
-        for field in ("device", "torch", "triton", "kernels"):
-            if getattr(before, field) != getattr(about, field):
-                raise UsageError(
-                    f"{folder} holds a profile of another {field}; nearest: --out with a new folder"
-                )
-    return about
-
-
-def _links(folder: Path, about: "About", devices: int) -> None:
-    from codegen.links import measure_links
-    from planner.profile import link_points, take
-
-    wanted = [point for count in sorted({2, devices}) for point in link_points(count)]
-    wanted = list(dict.fromkeys(wanted))
-    found: dict[tuple[int, str, int], Any] = {}
-    for count in sorted({2, devices}):
-        rows = [(str(p.key[0]), int(p.key[2])) for p in wanted if p.key[1] == count]
-        for (op, size), timing in measure_links(rows, count).items():
-            found[count, op, size] = timing
-
-    def measure(point: "Point") -> tuple[float, float]:
-        op, count, size = point.key
-        timing = found[int(count), str(op), int(size)]
-        return timing.us, timing.spread_us
-
-    _say("links", take(wanted, measure, folder, about, limit_s=LIMIT_S))
-
-
-def _say(what: str, taken: "Taken") -> None:
-    print(f"{what}: {taken.measured} measured, {taken.kept} there already", file=sys.stderr)
-    for line in taken.failed:
-        print(f"failed: {line}", file=sys.stderr)
-    if taken.left:
-        print(
-            f"{taken.left} points left for lack of time: the same command goes on", file=sys.stderr
-        )
 
 
 def _check_writable(out: Path, *, install: bool) -> None:

@@ -1,6 +1,5 @@
 """What every fit answers with: a time, where it comes from, or a refusal that names the range."""
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -49,21 +48,51 @@ class Estimate(NamedTuple):
     origin: Origin
 
 
-def nonnegative(columns: Floats, seconds: Floats, *, beside: float = 0.0) -> Floats:
-    """Coefficients that are not negative with the least sum of squared relative errors.
+FLOOR = 0.01
+"""Errors below it weigh alike where their sum is to be least: repeated measurements differ more."""
 
-    columns [R, C], at most four columns: every set of them is tried.
-    beside  what errors count relative to besides each row's own seconds
+
+def nonnegative(
+    columns: Floats, seconds: Floats, *, beside: float = 0.0, weight: Floats | None = None
+) -> tuple[Floats, Floats]:
+    """Coefficients [C] that are not negative with the least sum of squared relative errors.
+
+    columns [R, C]; lone calls take no weight
+    beside   what errors count relative to besides each row's own seconds
+    weight   [R] of the rows; the answer's second part is the one with which another turn comes
+             nearer to the least sum of the errors themselves, without their squares
     """
-    scaled, count = columns / (seconds + beside)[:, None], columns.shape[1]
-    wanted = seconds / (seconds + beside)
-    best, best_error = np.zeros(count), math.inf
-    for size in range(1, count + 1):
-        for chosen in itertools.combinations(range(count), size):
-            part = scaled[:, chosen]
-            found = np.linalg.lstsq(part, wanted, rcond=None)[0]
-            error = float(np.sum((part @ found - wanted) ** 2))
-            if (found >= 0).all() and error < best_error * (1 - 1e-12):
-                best, best_error = np.zeros(count), error
-                best[list(chosen)] = found
-    return best
+    scaled = columns / (seconds + beside)[:, None]
+    size = np.maximum(scaled.max(axis=0), 1e-300)
+    scaled, wanted = scaled / size, seconds / (seconds + beside)
+    held = np.ones_like(seconds) if weight is None else weight
+    found = _least(scaled * held[:, None], wanted * held)
+    off = np.maximum(np.abs(scaled @ found - wanted), FLOOR)
+    return found / size, off**-0.5
+
+
+def _least(columns: Floats, wanted: Floats) -> Floats:
+    """Least squares without negative coefficients: Lawson and Hanson's active sets.
+
+    A coefficient is freed while that shortens the sum, and leaves where the free ones would take it
+    below 0. Ends at the optimum, since the sum falls at every turn.
+    """
+    square, toward = columns.T @ columns, columns.T @ wanted
+    count = len(toward)
+    found, free = np.zeros(count), np.zeros(count, dtype=bool)
+    for _ in range(10 * count):
+        slope = np.where(free, -np.inf, toward - square @ found)
+        if slope.max() <= 1e-12 * np.abs(toward).max():
+            break
+        free[slope.argmax()] = True
+        while free.any():
+            best = np.zeros(count)
+            best[free] = np.linalg.lstsq(square[np.ix_(free, free)], toward[free], rcond=None)[0]
+            low = free & (best <= 0)
+            if not low.any():
+                found = best
+                break
+            part = float(np.min(found[low] / np.maximum(found[low] - best[low], 1e-300)))
+            found = np.maximum(found + part * (best - found), 0.0)
+            free &= ~(low & (found <= 1e-15))
+    return found

@@ -35,6 +35,10 @@ BENCH_LOAD = 0.8
 BENCH_PROMPTS = 200
 
 
+class ExportDiffers(MedhaError):
+    """Scripts that would start something else than the plan: a bug of the exporter."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
     """Scripts of one engine."""
@@ -313,7 +317,7 @@ def _verify(plan: Plan, engine: str, ranks: int, files: dict[str, bytes]) -> Non
 def _same(engine: str, **pairs: tuple[float, float]) -> None:
     for name, (told, wanted) in pairs.items():
         if told != wanted:
-            raise MedhaError(
+            raise ExportDiffers(
                 f"the {engine} scripts say {name} {told}, the plan {wanted} (a bug of the exporter)"
             )
 

@@ -5,9 +5,11 @@ A call of any size and heads follows the law of planner/attention_law.py. The fo
     a chunk     u(x) + max(a (L x + x (x + 1) / 2), g (L + x)): x queries behind a prefix of L
     decodes     c + s batch + g keys in sum
 
-Its coefficients are fitted to the law over the calls that a plan can make: chunks up to its largest
-step and keys up to its context. None is negative. Heads that were not measured follow the law at
-their own tiles, with what it leaves of the most similar ones.
+Its coefficients have the least sum of relative errors to the law over the calls that a plan can
+make: chunks up to its largest step and keys up to its context, of no particular sizes, since a law
+of tiles is at its lowest where they are full. Least squares would let the few calls of a dozen
+microseconds, where tiles count most, decide the rates of long ones. None is negative. Heads that
+were not measured follow the law at their own tiles, with what it leaves of the most similar ones.
 """
 
 import math
@@ -37,8 +39,6 @@ from planner.estimates import (
     nonnegative,
 )
 from planner.profiles import Row
-
-Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 class ChunkTime(NamedTuple):
@@ -74,44 +74,43 @@ class DecodeTime(NamedTuple):
         return self.start_s + batch * self.sequence_s + batch * keys * self.key_s
 
 
-ROUNDS = 60
-"""Turns between the coefficients of a chunk; they settle within twenty."""
-BESIDE_S = 20e-6
-"""Least time of what else a layer does beside a chunk: errors count relative to both in sum."""
+ROUNDS = 12
+"""Turns between the rates of a chunk and the side on which each row is; few rows change theirs."""
+BESIDE_S = 5e-6
+"""Least time of what else a layer does beside attention, of the smallest ranks: errors count
+relative to both in sum."""
 
 
 def fit_chunk(tokens: Floats, prefix: Floats, seconds: Floats) -> ChunkTime:
-    """Least error relative to a layer, by turns: starts, then the rate on each row's own side."""
+    """Least relative error in sum: starts that rise, and a rate on each row's own side."""
     pairs, keys = tokens * prefix + tokens * (tokens + 1) / 2, prefix + tokens
-    at, group = np.unique(tokens, return_inverse=True)
-    weight = (seconds + BESIDE_S) ** -2.0
+    at = np.array(_steps(int(tokens.min()), 2, int(tokens.max())), dtype=float)
+    rises = np.clip((tokens[:, None] - at[:-1]) / np.diff(at), 0.0, 1.0)
+    starts = np.concatenate([np.ones((len(tokens), 1)), rises], axis=1)
     a, g = float(np.min(seconds / pairs)), float(np.min(seconds / keys))
-    start = np.zeros(len(at))
+    found: Floats = np.zeros(len(at) + 2)
+    weight: Floats = np.ones(len(tokens))
     for _ in range(ROUNDS):
-        rest = (seconds - np.maximum(a * pairs, g * keys)) * weight
-        start = np.bincount(group, rest) / np.bincount(group, weight)
-        start = np.maximum.accumulate(np.maximum(start, 0.0))
-        left, compute = seconds - start[group], a * pairs >= g * keys
-        a = _slope(left, pairs, weight, compute) or a
-        g = _slope(left, keys, weight, ~compute) or g
+        compute = a * pairs >= g * keys
+        sides = [np.where(compute, pairs, 0.0), np.where(compute, 0.0, keys)]
+        columns = np.concatenate([starts, np.stack(sides, axis=1)], axis=1)
+        found, weight = nonnegative(columns, seconds, beside=BESIDE_S, weight=weight)
+        a, g = float(found[-2]) or a, float(found[-1]) or g
     return ChunkTime(
         at=tuple(int(each) for each in at),
-        start_s=tuple(float(each) for each in start),
+        start_s=tuple(float(each) for each in np.cumsum(found[:-2])),
         pair_s=a,
         key_s=g,
     )
 
 
-def _slope(seconds: Floats, amount: Floats, weight: Floats, rows: Mask) -> float:
-    """Seconds an amount on some rows; 0 where there are none or the best is negative."""
-    square = float(np.sum((amount * amount * weight)[rows]))
-    return max(float(np.sum((seconds * amount * weight)[rows])) / square, 0.0) if square else 0.0
-
-
 def fit_decode(batch: Floats, keys: Floats, seconds: Floats) -> DecodeTime:
-    """Least error relative to a layer."""
+    """Least relative error in sum."""
     columns = np.stack([np.ones_like(batch), batch, batch * keys], axis=1)
-    found = nonnegative(columns, seconds, beside=BESIDE_S)
+    found: Floats = np.zeros(3)
+    weight: Floats = np.ones(len(batch))
+    for _ in range(ROUNDS):
+        found, weight = nonnegative(columns, seconds, beside=BESIDE_S, weight=weight)
     return DecodeTime(*(float(each) for each in found))
 
 
@@ -119,10 +118,12 @@ LEAST_CHUNK = 32
 """Tokens of the shortest chunk that coefficients are fitted to."""
 MOST_TOKENS = 8192
 """Tokens of the longest, where nobody says."""
-BATCHES = tuple(1 << power for power in range(9))
-"""Decodes of a step that coefficients are fitted to."""
-FIRST_KEYS, KEYS_STEP = 256, 4
-"""Keys of the shortest of their sequences, and the ratio to the next."""
+MOST_BATCH = 256
+"""Decodes of the largest step that coefficients are fitted to."""
+FIRST_KEYS = 128
+"""Keys of the shortest of their sequences."""
+POINTS, LEAST_POINTS = 256, 24
+"""Calls that coefficients are fitted to, and of those with the least of the first size."""
 MOST_KEY_BYTES = 64e9
 """Keys and values of all sequences of a step in one layer: more than any device has."""
 
@@ -158,7 +159,7 @@ class Attention:
         like, origin = self._like_chunk(heads, most_keys)
         asked = (heads, most_keys, most_tokens)
         if asked not in self._chunk_fits:
-            sizes = _chunk_sizes(most_keys, most_tokens)
+            sizes = chunk_sizes_of(most_keys, most_tokens)
             us = self._chunks.us(heads, sizes, like)
             tokens, prefix = np.array(sizes, dtype=float).T
             self._chunk_fits[asked] = fit_chunk(tokens, prefix, us * 1e-6)
@@ -172,8 +173,7 @@ class Attention:
             _, kv_heads, head_dim = heads
             sizes = [
                 (batch, keys)
-                for batch in BATCHES
-                for keys in _steps(FIRST_KEYS, KEYS_STEP, most_keys)
+                for batch, keys in decode_sizes_of(most_keys)
                 if 4.0 * kv_heads * head_dim * batch * keys <= MOST_KEY_BYTES
             ]
             us = self._decodes.us(heads, sizes, like)
@@ -188,15 +188,37 @@ class Attention:
         return _like("attention_decode", heads, keys, self._decodes, self._most_decode_keys)
 
 
-def _chunk_sizes(most_keys: int, most_tokens: int) -> list[tuple[int, int]]:
+def chunk_sizes_of(most_keys: int, most_tokens: int) -> list[tuple[int, int]]:
     """Tokens and prefixes of chunks of a plan, evenly spread in logarithms."""
-    found = []
     most_tokens = min(most_tokens, most_keys)
-    for tokens in _steps(min(LEAST_CHUNK, most_tokens), 2, most_tokens):
+    least = min(LEAST_CHUNK, most_tokens)
+    found = []
+    for first, second in _spread():
+        tokens = round(least * (most_tokens / least) ** first)
         room = most_keys - tokens
-        prefixes = [0] if room < LEAST_CHUNK else [0, *_steps(min(512, room), 4, room)]
-        found += [(tokens, prefix) for prefix in prefixes]
+        prefix = round(LEAST_CHUNK * ((room / LEAST_CHUNK + 1) ** second - 1))
+        found.append((tokens, min(prefix, room)))
     return found
+
+
+def decode_sizes_of(most_keys: int) -> list[tuple[int, int]]:
+    """Sequences and keys of each of decodes of a plan, evenly spread in logarithms."""
+    least = min(FIRST_KEYS, most_keys)
+    return [
+        (round(MOST_BATCH**first), round(least * (most_keys / least) ** second))
+        for first, second in _spread()
+    ]
+
+
+def _spread() -> list[tuple[float, float]]:
+    """Points of the unit square without a pattern, and on the side where the first size is least.
+
+    Sizes at powers of two would all fill their tiles, which most calls do not. Where a budget is
+    spent chunks are the least there are, of whatever prefix: the only ones that keys bind.
+    """
+    golden = (math.sqrt(5.0) - 1.0) / 2.0
+    inside = [((each + 0.5) / POINTS, each * golden % 1.0) for each in range(POINTS)]
+    return [(0.0, each / LEAST_POINTS) for each in range(LEAST_POINTS + 1)] + inside
 
 
 def _steps(first: int, ratio: int, last: int) -> list[int]:

@@ -9,13 +9,16 @@ only too far away, keeps the roofline's coefficient, is called `formula`, and is
                 which is prepared while this one runs; above it, where steps have chunks, at least
                 the launches between recorded pieces, and a share of the host's time on top, since
                 the device waits for a chunk's work list
-    overhead    the work list that a recorded step makes on the device
+    overhead    the work list that a recorded step makes on the device; with several ranks also a
+                stage's share of what steps take longer by travelling to all ranks and back
+    comm        the sum over the tp ranks beyond add_rms_norm (planner/reduce_time.py): the line
+                under it, through a step of one token; what it leaves is in matmul(T)
 
-The error band is that of the terms, each the 90th percentile of its errors on rows that were never
-fitted, weighted by its share of two typical steps: no error is taken to cancel another.
+The error band is that of the terms (planner/error_band.py), each the 90th percentile of its errors
+on rows that were never fitted.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -23,15 +26,17 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
-from planner.estimates import MEASURED, Estimate, Origin, OutOfRange
+from planner.error_band import weighted
+from planner.estimates import MEASURED, MOST_LINEAR_FACTOR, Estimate, Origin, OutOfRange
 from planner.fit_attention import ChunkTime, DecodeTime
 from planner.fits import Fits, LinkTime, fit_links, fits_of
-from planner.memory import local_kv_heads
 from planner.profiles import Profile, load_profile
+from planner.rank_shapes import Shapes
+from planner.reduce_time import Line, Reduce, fused_of
 from planner.residuals import residuals
 from planner.world import World
 from plans.mesh import Parallelism
-from plans.steptime import Knot, StepTime, table_s
+from plans.steptime import Knot, StepTime
 from plans.topology import Link
 
 GRAPH_TOKENS = 256
@@ -56,11 +61,6 @@ FORMULA_MARGIN = 0.1
 """What the packer adds to such a term."""
 LEAST_ERROR = 0.02
 """Repeated measurements of one kernel differ by as much (bench/results)."""
-TYPICAL_STEPS: tuple[tuple[tuple[tuple[int, int], ...], tuple[int, ...]], ...] = (
-    (((2048, 8192),), ()),
-    ((), (8192,) * 16),
-)
-"""Chunks and decodes of the steps by whose parts the terms' errors are weighted."""
 ATTENTION = "attention"
 TERMS = ("matmul", ATTENTION, "collectives", "merge", "hop", "head", "overhead")
 
@@ -122,6 +122,8 @@ class Prepared:
     """The same of how much longer the work took, which is what a packer fears."""
     layers: dict[Any, tuple[tuple[Knot, ...], Origin]] = field(default_factory=dict)
     """Tables of layers by what they depend on: a search asks for the same few again and again."""
+    sums: dict[tuple[int, int, int], tuple[Reduce, Line]] = field(default_factory=dict)
+    """The same of sums over ranks, by ranks, width and tokens of a step."""
 
 
 @cache
@@ -143,6 +145,9 @@ def prepare(profile: Profile) -> Prepared:
     for row in profile.rows("step"):
         if row.key == ("decode_list",):
             errors["overhead"] = short["overhead"] = max(row.spread_us / row.us, LEAST_ERROR)
+    for row in profile.rows("ranks"):
+        if row.key[0] == ROUND_TRIP:
+            errors["overhead"] = short["overhead"] = max(row.spread_us / row.us, LEAST_ERROR)
     return Prepared(profile=profile, fits=fits, errors=errors, short=short)
 
 
@@ -157,16 +162,16 @@ def measured(
     links  of each axis, None where the axis has one rank
     """
     terms = _Terms()
-    rank = _Shapes(world, parallelism)
+    rank = Shapes(world, parallelism)
     changes: dict[str, Any] = {}
     parts: Sequence[tuple[str, Callable[[], dict[str, Any]]]] = (
         ("attention", lambda: _attention(ready, world, rank, terms)),
-        ("matmul", lambda: {"matmul": _layer(ready, world, rank, terms)}),
+        ("matmul", lambda: {"matmul": _layer(ready, world, rank, links.tp, terms)}),
         ("head", lambda: {"head": _head(ready, world, rank, links.tp, terms)}),
-        ("collectives", lambda: _collectives(ready, rank, links.tp, terms)),
+        ("collectives", lambda: _collectives(ready, world, rank, links.tp, terms)),
         ("merge", lambda: _merge(ready, rank, links.kvp, terms)),
         ("hop", lambda: _hop(ready, rank, links.spp, terms)),
-        ("overhead", lambda: _overhead(ready, terms)),
+        ("overhead", lambda: _overhead(ready, parallelism, terms)),
     )
     for term, part in parts:
         try:
@@ -181,8 +186,8 @@ def measured(
         {term: error for term, error in each.items() if term in known}
         for each in (ready.errors, ready.short)
     )
-    band = _weighted(time, terms, errors, FORMULA_ERROR)
-    margin = _weighted(time, terms, short, FORMULA_MARGIN)
+    band = weighted(time, terms.origins, errors, FORMULA_ERROR)
+    margin = weighted(time, terms.origins, short, FORMULA_MARGIN)
     return Measured(
         time=structs.replace(time, margin=round(margin, 4)),
         provenance={
@@ -196,55 +201,7 @@ def measured(
     )
 
 
-class _Shapes:
-    """What one rank computes and sends."""
-
-    def __init__(self, world: World, parallelism: Parallelism) -> None:
-        model, tp = world.model, parallelism.tp
-        self.tp = tp
-        self.stage_layers = model.layers / parallelism.spp
-        self.model = model
-        self.hidden = model.hidden
-        self.head_dim = model.head_dim
-        self.heads = model.heads // tp
-        self.kv_heads = local_kv_heads(model, tp)
-        self.ffn = model.ffn // tp
-        self.size = 2  # bytes of a bf16 or fp16 number
-        self.sizes = (
-            *(tp, self.stage_layers, self.hidden, self.ffn),
-            *(self.head_dim, self.heads, self.kv_heads, model.qk_norm),
-        )
-
-    def products(self, ops: Container[str]) -> list[tuple[str, int, int]]:
-        """(op, n, k) of a layer; with its epilogue where `ops` has it."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        wide = self.heads * self.head_dim
-        return [
-            ("qkv_rope_write" if "qkv_rope_write" in ops else "linear", qkv, self.hidden),
-            ("linear", self.hidden, wide),
-            ("gate_up_silu" if "gate_up_silu" in ops else "linear", 2 * self.ffn, self.hidden),
-            ("linear", self.hidden, self.ffn),
-        ]
-
-    def rows(self, ops: Container[str]) -> list[tuple[str, int, int]]:
-        """(op, width, rows of a token) of a layer, without what `ops` does in a product."""
-        found = [("add_rms_norm", self.hidden, 2)]
-        if "qkv_rope_write" not in ops:
-            found += [("rope", self.heads * self.head_dim, 1), ("rope", self.key_width, 1)]
-            found.append(("kv_write", self.key_width, 1))
-            if self.model.qk_norm:
-                found += [("rms_norm", self.head_dim, n) for n in (self.heads, self.kv_heads)]
-        if "gate_up_silu" not in ops:
-            found.append(("silu_mul", self.ffn, 1))
-        return found
-
-    @property
-    def key_width(self) -> int:
-        """Numbers of a token's keys."""
-        return self.kv_heads * self.head_dim
-
-
-def _attention(ready: Prepared, world: World, rank: _Shapes, terms: _Terms) -> dict[str, float]:
+def _attention(ready: Prepared, world: World, rank: Shapes, terms: _Terms) -> dict[str, float]:
     """Coefficients of pairs and keys; what is left is part of the layer's table."""
     chunk, decode = _attention_fits(ready, world, rank, terms)
     slower, read = 1.0, 1.0
@@ -261,7 +218,7 @@ def _attention(ready: Prepared, world: World, rank: _Shapes, terms: _Terms) -> d
 
 
 def _attention_fits(
-    ready: Prepared, world: World, rank: _Shapes, terms: _Terms
+    ready: Prepared, world: World, rank: Shapes, terms: _Terms
 ) -> tuple[ChunkTime, DecodeTime]:
     if ready.fits.attention is None:
         raise OutOfRange("attention", "any", "nothing", np.inf)
@@ -274,13 +231,16 @@ def _attention_fits(
     return chunk, decode
 
 
-def _layer(ready: Prepared, world: World, rank: _Shapes, terms: _Terms) -> tuple[Knot, ...]:
+def _layer(
+    ready: Prepared, world: World, rank: Shapes, link: Link | None, terms: _Terms
+) -> tuple[Knot, ...]:
     fits = ready.fits
     if fits.products is None or fits.row_wise is None:
         raise OutOfRange("matmul", "any", "nothing", np.inf)
     products, row_wise, ops = fits.products, fits.row_wise, fits.products.ops
     most = world.scheduler.max_step_tokens
-    key = (*rank.sizes, most, world.limits.context_tokens)
+    reduce, line = _reduce(ready, world, rank, link)
+    key = (*rank.sizes, most, world.limits.context_tokens, reduce is None)
     if key in ready.layers:
         knots, origin = ready.layers[key]
         terms.took("matmul", origin)
@@ -303,13 +263,15 @@ def _layer(ready: Prepared, world: World, rank: _Shapes, terms: _Terms) -> tuple
             )
             for op, width, count in rank.rows(ops)
         )
+        if reduce is not None:
+            total_s += ALL_REDUCES * line.beyond(tokens, reduce.seconds(tokens))
         start_s = chunk.start(tokens) if tokens >= chunk.at[0] else 0.0
         total_s += max(decode.start_s, start_s)
         if tokens > GRAPH_TOKENS:
             return max(total_s, host.launch_s) + host.chunk_s
         return max(total_s, host.step_s)
 
-    knots = _table(most, seconds, (GRAPH_TOKENS, GRAPH_TOKENS + 1))
+    knots = _table(most, seconds, _kinks(reduce))
     ready.layers[key] = knots, terms.origins["matmul"]
     return knots
 
@@ -329,7 +291,7 @@ class _Host:
 
 
 def _head(
-    ready: Prepared, world: World, rank: _Shapes, link: Link | None, terms: _Terms
+    ready: Prepared, world: World, rank: Shapes, link: Link | None, terms: _Terms
 ) -> tuple[Knot, ...]:
     """Last norm, projection, logits gathered, and a token drawn from each row."""
     fits, vocab = ready.fits, world.model.vocab
@@ -355,14 +317,18 @@ def _table(
     most: int, seconds: Callable[[int], float], more: Sequence[int] = ()
 ) -> tuple[Knot, ...]:
     """Knots at powers of two and between them, the last at or past `most`; never falling."""
-    rows = {1 << power for power in range((most - 1).bit_length() + 1)}
-    rows |= {3 * row // 2 for row in rows if row > 1 and row < most}
-    rows |= {row for row in more if row < most}
     found, last_s = [], 0.0
-    for row in sorted(rows):
+    for row in _sizes(most, more):
         last_s = max(last_s, seconds(row))
         found.append(Knot(at=row, seconds=last_s))
     return tuple(found)
+
+
+def _sizes(most: int, more: Sequence[int] = ()) -> list[int]:
+    rows = {1 << power for power in range((most - 1).bit_length() + 1)}
+    rows |= {3 * row // 2 for row in rows if row > 1 and row < most}
+    rows |= {row for row in more if row < most}
+    return sorted(rows)
 
 
 # --- links and host -------------------------------------------------------------------------------
@@ -379,31 +345,65 @@ def _link(ready: Prepared, op: str, devices: int, link: Link | None) -> LinkTime
     return found
 
 
+def _kinks(reduce: Reduce | None) -> tuple[int, ...]:
+    """Sizes of a step at which it begins to be run in another way."""
+    ends = (GRAPH_TOKENS, *((reduce.most,) if reduce is not None and reduce.most else ()))
+    return tuple(size for end in ends for size in (end, end + 1))
+
+
+def _reduce(
+    ready: Prepared, world: World, rank: Shapes, link: Link | None
+) -> tuple[Reduce | None, Line]:
+    """The sum over the tp ranks, and the line under it; None where no row speaks of it."""
+    nothing = None, Line(latency_s=0.0, token_s=0.0)
+    if rank.tp == 1 or ready.fits.row_wise is None:
+        return nothing
+    most = world.scheduler.max_step_tokens
+    key = (rank.tp, rank.hidden, most)
+    try:
+        over = _link(ready, "all_reduce", rank.tp, link)
+        if key not in ready.sums:
+            found = Reduce(
+                ranks=rank.tp,
+                width=rank.hidden,
+                link=over,
+                fused=fused_of(ready.profile),
+                norms=ready.fits.row_wise,
+            )
+            ready.sums[key] = found, found.line(_sizes(most, _kinks(found)))
+        return ready.sums[key]
+    except OutOfRange:  # noted by the collectives' term
+        return nothing
+
+
 def _collectives(
-    ready: Prepared, rank: _Shapes, link: Link | None, terms: _Terms
+    ready: Prepared, world: World, rank: Shapes, link: Link | None, terms: _Terms
 ) -> dict[str, float]:
     if rank.tp == 1:
         return {}
-    found = _link(ready, "all_reduce", rank.tp, link)
-    terms.took("collectives", found.origin)
-    row = rank.hidden * rank.size
+    reduce, line = _reduce(ready, world, rank, link)
+    if reduce is None:
+        _link(ready, "all_reduce", rank.tp, link)  # says why
+        raise OutOfRange("all_reduce", f"width {rank.hidden}", "no row-wise op like it", np.inf)
+    terms.took("collectives", reduce.origin)
     return {
-        "comm_latency_s": ALL_REDUCES * found.latency_s,
-        "comm_token_s": ALL_REDUCES * row * found.byte_s,
+        "comm_latency_s": ALL_REDUCES * line.latency_s,
+        "comm_token_s": ALL_REDUCES * line.token_s,
     }
 
 
-def _merge(ready: Prepared, rank: _Shapes, link: Link | None, terms: _Terms) -> dict[str, float]:
+def _merge(ready: Prepared, rank: Shapes, link: Link | None, terms: _Terms) -> dict[str, float]:
     """Partial results of a token's heads go to every other group."""
     if link is None:
         return {}
     found = _link(ready, "all_gather", 2, link)
     terms.took("merge", found.origin)
+    around_s = 1e-6 * max((us for _, us in _of_ranks(ready.profile, MERGE)), default=0.0)
     row = rank.heads * (rank.head_dim * rank.size + 4)
-    return {"merge_latency_s": found.latency_s, "merge_token_s": row * found.byte_s}
+    return {"merge_latency_s": found.latency_s + around_s, "merge_token_s": row * found.byte_s}
 
 
-def _hop(ready: Prepared, rank: _Shapes, link: Link | None, terms: _Terms) -> dict[str, float]:
+def _hop(ready: Prepared, rank: Shapes, link: Link | None, terms: _Terms) -> dict[str, float]:
     if link is None:
         return {}
     found = _link(ready, "send_recv", 2, link)
@@ -414,35 +414,29 @@ def _hop(ready: Prepared, rank: _Shapes, link: Link | None, terms: _Terms) -> di
     }
 
 
-def _overhead(ready: Prepared, terms: _Terms) -> dict[str, float]:
+ROUND_TRIP = "round_trip"
+"""Row of table `ranks`: what a decode step of several ranks takes longer than its work."""
+MERGE = "merge"
+"""The same: what a layer takes around the exchange of partial results."""
+
+
+def _of_ranks(profile: Profile, what: str) -> list[tuple[int, float]]:
+    """(devices, microseconds) of one row's measurements."""
+    return [(int(row.key[1]), row.us) for row in profile.rows("ranks") if row.key[0] == what]
+
+
+def _overhead(ready: Prepared, parallelism: Parallelism, terms: _Terms) -> dict[str, float]:
     list_us = ready.profile.step_us("decode_list")
     if list_us is None:
         raise OutOfRange("overhead", "decode_list", "nothing", np.inf)
     terms.took("overhead", MEASURED)
-    return {"overhead_s": list_us * 1e-6}
-
-
-# --- errors ---------------------------------------------------------------------------------------
-
-
-def _weighted(time: StepTime, terms: _Terms, errors: Mapping[str, float], formula: float) -> float:
-    """The largest mean of the terms' errors over the typical steps, by their shares of the time.
-
-    formula  the error of a term that was not measured, or of which nothing was held out
-    """
-    of = {term: errors.get(term, formula) for term in terms.origins}
-    found = []
-    for chunks, decodes in TYPICAL_STEPS:
-        tokens = sum(each for each, _ in chunks) + len(decodes)
-        layers = sum(time.stage_layers)
-        parts = {
-            "overhead": time.overhead_s * time.stages,
-            "matmul": layers * table_s(time.matmul, tokens),
-            "collectives": layers * (time.comm_latency_s + tokens * time.comm_token_s),
-            "hop": (time.stages - 1) * (time.hop_latency_s + tokens * time.hop_token_s),
-            "head": table_s(time.head, len(chunks) + len(decodes)),
-        }
-        whole_s = time.step_s(chunks, decodes)
-        parts["attention"] = whole_s - sum(parts.values())
-        found.append(sum(part * of.get(term, formula) for term, part in parts.items()) / whole_s)
-    return max(found)
+    ranks = parallelism.ranks_per_replica
+    trips = dict(_of_ranks(ready.profile, ROUND_TRIP))
+    trip_us = 0.0
+    if ranks > 1 and trips:
+        nearest = min(trips, key=lambda each: max(each / ranks, ranks / each))
+        # a message to each rank and one back: what is beyond sixteen times is called sixteen
+        factor = min(max(nearest / ranks, ranks / nearest), MOST_LINEAR_FACTOR)
+        terms.took("overhead", Origin(factor, interpolated=factor > 1))
+        trip_us = trips[nearest] / parallelism.spp
+    return {"overhead_s": (list_us + trip_us) * 1e-6}

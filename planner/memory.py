@@ -12,6 +12,7 @@ What CUDA graphs hold is a part of reserved_bytes: GRAPHS_BYTES of it on the cat
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from planner.attention_work import LargestStep, partials_bytes
 from planner.space import Candidate, Stages
@@ -36,7 +37,12 @@ class Footprint:
 
 def rank_weights_bytes(model: Model, candidate: Candidate) -> int:
     """Weights of the rank that holds most."""
-    stages, tp = candidate.stages, candidate.parallelism.tp
+    return _most_weights_bytes(model, candidate.stages, candidate.parallelism.tp)
+
+
+@lru_cache(maxsize=4096)
+def _most_weights_bytes(model: Model, stages: Stages, tp: int) -> int:
+    # a search asks for the same cut with every number of groups and replicas
     return max(stage_weights_bytes(model, stages, stage, tp) for stage in range(len(stages)))
 
 
@@ -127,12 +133,40 @@ def attention_partials_bytes(world: World, candidate: Candidate, context_tokens:
     return partials_bytes(heads, step)
 
 
+HELD_LOGITS = 1 << 24
+"""Logits, or numbers of keys, that attention in torch holds at once."""
+
+
+def attention_copies_bytes(world: World, candidate: Candidate, context_tokens: int) -> int:
+    """What attention holds inside on a CPU, where torch computes it; 0 on GPUs.
+
+    Keys and values of a sequence, or of decodes that share a batch, and what they become in fp32;
+    logits; queries and results in fp32 (codegen/kernels/paged_attention/scratch.py).
+    """
+    model, tokens = world.model, world.scheduler.max_step_tokens
+    if "cpu" not in world.topology.device.lower() or model.latent is not None:
+        return 0
+    heads, kv_heads = (
+        model.heads // candidate.parallelism.tp,
+        local_kv_heads(model, candidate.parallelism.tp),
+    )
+    keys = shard_of(context_tokens, candidate.groups, world.page_tokens)
+    wide = kv_heads * model.head_dim
+    logits = min(max(HELD_LOGITS, heads * keys), tokens * heads * keys)
+    chunk = 16 * keys * wide + 4 * logits + 24 * tokens * heads * model.head_dim
+    sequences = min(world.limits.sequences, tokens)
+    batch = min(max(HELD_LOGITS // max(heads, wide), keys), sequences * keys)
+    decode = batch * (16 * wide + 4 * heads + 9) + 16 * sequences * heads * model.head_dim
+    return max(chunk, decode) + tokens * min(tokens, HELD_LOGITS // tokens) + 40 * tokens * heads
+
+
 def activations_bytes(world: World, candidate: Candidate, context_tokens: int | None = None) -> int:
     """Live buffers of the largest step.
 
     Residual stream, its norm, one output and one copy in flight; q, k, v and the attention output;
     gate, up and their product; partial attention of the other KVP groups in fp32, and of pieces of
-    keys; fp32 logits of all sampled sequences, gathered over tp, and the shard they come from.
+    keys, or what torch copies of them; fp32 logits of all sampled sequences, gathered over tp, and
+    the shard they come from.
 
     context_tokens  the limit on a request's context where it is not the world's
     """
@@ -141,6 +175,7 @@ def activations_bytes(world: World, candidate: Candidate, context_tokens: int | 
         world.scheduler.max_step_tokens * _row_bytes(world, candidate)
         + _logits_bytes(world, candidate, world.limits.sequences)
         + attention_partials_bytes(world, candidate, context)
+        + attention_copies_bytes(world, candidate, context)
     )
 
 
@@ -218,24 +253,38 @@ def footprint(world: World, candidate: Candidate) -> Footprint:
     return Footprint(memory=memory, kv=kv)
 
 
+def holds(world: World, candidate: Candidate) -> bool:
+    """Whether one request at the context limit fits the candidate."""
+    page_context = world.page_tokens * candidate.groups
+    pages = -(-world.limits.context_tokens // page_context)
+    return _held_bytes(world, candidate, pages) <= _room_bytes(world, candidate)
+
+
 def reachable_context(world: World, candidate: Candidate) -> int:
     """Longest context that fits the candidate, in whole pages; 0 where the weights alone do not."""
-    room = world.topology.device_memory_bytes - world.device.reserved_bytes
-    room -= rank_weights_bytes(world.model, candidate)
-    page, page_context = page_bytes(world, candidate), world.page_tokens * candidate.groups
-
-    def fit(pages: int) -> bool:
-        held = activations_bytes(world, candidate, pages * page_context)
-        return pages * page + held <= room
-
+    room, page_context = _room_bytes(world, candidate), world.page_tokens * candidate.groups
     # what is left without a context is the most; longer ones take more, so halving finds the last
-    low, high = 0, max(room - activations_bytes(world, candidate, 1), 0) // page
-    if high and fit(high):
+    low, high = 0, max(room - activations_bytes(world, candidate, 1), 0)
+    high //= page_bytes(world, candidate)
+    if high and _held_bytes(world, candidate, high) <= room:
         return high * page_context
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fit(middle) else (low, middle)
+        fits = _held_bytes(world, candidate, middle) <= room
+        low, high = (middle, high) if fits else (low, middle)
     return low * page_context
+
+
+def _room_bytes(world: World, candidate: Candidate) -> int:
+    """What weights and the device's own needs leave on the rank that holds most."""
+    room = world.topology.device_memory_bytes - world.device.reserved_bytes
+    return room - rank_weights_bytes(world.model, candidate)
+
+
+def _held_bytes(world: World, candidate: Candidate, pages: int) -> int:
+    """Pages of a request in each of its groups, and the buffers of steps at that context."""
+    context = pages * world.page_tokens * candidate.groups
+    return pages * page_bytes(world, candidate) + activations_bytes(world, candidate, context)
 
 
 def gigabytes(size: float) -> str:

@@ -48,7 +48,7 @@ CHECKS = 8
 """Chunks of each set of heads that are only checked, evenly spread in logarithms."""
 LINK_BYTES = tuple(1 << power for power in range(13, 29))
 """8 KiB to 256 MiB."""
-LINK_OPS = ("all_gather", "all_reduce", "send_recv")
+LINK_OPS = ("all_reduce", "all_gather", "send_recv", "all_to_all")
 TABLES = ("step", "copy", "sampling", "rows", "gemm", "attention_decode", "attention_chunk")
 """Those of one device, in the order in which they are measured."""
 
@@ -105,8 +105,8 @@ def link_points(devices: int) -> list[Point]:
     """Collectives over so many devices of one node; send_recv is between two."""
     return [
         Point(table="links", key=(op, 2 if op == "send_recv" else devices, size), role=role)
+        for size in LINK_BYTES  # a run that is cut short has all kinds of the sizes it came to
         for op in LINK_OPS
-        for size in LINK_BYTES
         for role in ("check" if size.bit_length() % 3 == 0 else "fit",)
     ]
 
@@ -149,14 +149,16 @@ def _product_points(op: str, draw: random.Random) -> list[Point]:
 
 
 def _row_points() -> list[Point]:
+    """Tokens and widths by factors of three halves and four thirds where rows are the unit, since
+    whole waves of them and what fits in a cache make steps there."""
     widths = {
-        "add_rms_norm": (1024, 2048, 4096, 8192, 16384),
-        "kv_write": (128, 256, 512, 1024),
-        "rms_norm": (128, 1024, 4096, 8192),
+        "add_rms_norm": (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384),
+        "kv_write": (128, 256, 384, 512, 768, 1024),
+        "rms_norm": (128, 1024, 2048, 4096, 8192),
         "rope": (128, 512, 1024, 2048, 4096, 8192),
         "silu_mul": (3072, 3584, 7168, 14336, 28672),
     }
-    fitted = (1, 8, 64, 256, 512, 1024, 2048, 4096, 8192)
+    fitted = (1, 8, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
     checks = {"add_rms_norm": 5120, "kv_write": 640, "rope": 3584, "silu_mul": 17408}
     found = []
     for op, sizes in widths.items():
@@ -164,7 +166,10 @@ def _row_points() -> list[Point]:
         for width in sizes:
             more = heads if width == sizes[0] else 1
             found += [Point(table="rows", key=(op, width, tokens * more)) for tokens in fitted]
-            found.append(Point(table="rows", key=(op, width, 700 * more), role="check"))
+            found += [
+                Point(table="rows", key=(op, width, tokens * more), role="check")
+                for tokens in (90, 700)
+            ]
         if op in checks:
             found += [
                 Point(table="rows", key=(op, checks[op], tokens), role="check")

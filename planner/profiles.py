@@ -10,10 +10,14 @@ ever sees them, so that what a fit makes of them is its error (planner/fits.py).
     attention_decode   heads kv_heads head_dim batch keys     decodes of so many keys each
     sampling           vocab rows                             greedy tokens from logits
     links              op devices bytes                       a collective, bytes that a rank gives
+    fused              op devices width tokens                a collective and an op in one launch
     copy               bytes                                  device to device
+    ranks              what devices                           what a replica of several ranks adds
     step               what                                   parts of the host's time
 
-`medha-tune --profile` writes them; a device without a folder is priced by its data sheet.
+`medha-tune --profile` writes them; a device without a folder is priced by its data sheet. `fused`
+and `ranks` are made from what benches of several GPUs write (bench/kernels/all_reduce_rates.py,
+bench/parallel_gpus.py); the profile's `sources` say which.
 """
 
 import csv
@@ -24,11 +28,11 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from planner.catalog import CATALOG, load_device, name_key, names
-from plans.codec import load_file
-from plans.errors import InvalidFile
+from plans.codec import dump_file, load_file
+from plans.errors import InvalidFile, UsageError
 
 PROFILES = CATALOG / "profiles"
 ABOUT = "about.yaml"
@@ -39,8 +43,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "attention_chunk": ("heads", "kv_heads", "head_dim", "tokens", "prefix"),
     "attention_decode": ("heads", "kv_heads", "head_dim", "batch", "keys"),
     "copy": ("bytes",),
+    "fused": ("op", "devices", "width", "tokens"),
     "gemm": ("op", "n", "k", "tokens"),
     "links": ("op", "devices", "bytes"),
+    "ranks": ("what", "devices"),
     "rows": ("op", "width", "tokens"),
     "sampling": ("vocab", "rows"),
     "step": ("what",),
@@ -224,6 +230,55 @@ def write_table(folder: Path, table: str, rows: Iterable[Row]) -> Path:
     whole = folder / f".{table}.csv.tmp"  # a reader, or a run cut short, sees no part of it
     whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return whole.replace(path)
+
+
+def said_of(about: About) -> str:
+    """Where a table of a run comes from, as the profile that it goes into keeps it."""
+    return (
+        f"made {about.made} by {about.command}, driver {about.driver}, torch {about.torch},"
+        f" Triton {about.triton}"
+    )
+
+
+def install_profile(folder: Path, target: Path) -> list[str]:
+    """Copies the tables of a folder over those of a profile; returns what was done, a line each.
+
+    Tables that the folder does not have stay, and then each new one says in the profile's `sources`
+    where it comes from. Raises InvalidFile for either, and UsageError for profiles of two devices.
+    """
+    new = read_profile(folder)
+    about, stays = new.about, set[str]()
+    if target.is_dir() and (target / ABOUT).exists():
+        old = read_profile(target)
+        stays = set(old.tables) - set(new.tables)
+        if old.about.device != new.about.device:
+            raise UsageError(f"{target} is of {old.about.device}, {folder} of {new.about.device}")
+        if stays:
+            about = merged(old.about, new)
+    target.mkdir(parents=True, exist_ok=True)
+    for table, rows in new.tables.items():
+        write_table(target, table, rows)
+    whole = target / f".{ABOUT}.tmp"
+    dump_file(whole, about)
+    whole.replace(target / ABOUT)
+    lines = [f"installed {', '.join(sorted(new.tables))} of {folder} in {target}"]
+    return [*lines, f"as they were: {', '.join(sorted(stays))}"] if stays else lines
+
+
+def merged(old: About, new: Profile) -> About:
+    """What a profile says of itself once the tables of another are in it."""
+    ops = {str(row.key[0]) for table in ("gemm", "rows") for row in new.rows(table, None)}
+    if any(table.startswith("attention") for table in new.tables):
+        ops.add("paged_attention")
+    measured = {op: sha for op, sha in new.about.kernels.items() if op in ops}
+    return structs.replace(
+        old,
+        sources=old.sources
+        | {table: new.about.sources.get(table, said_of(new.about)) for table in new.tables},
+        kernels=old.kernels | measured,
+        hot={table: factor for table, factor in old.hot.items() if table not in new.tables}
+        | {table: new.about.hot[table] for table in new.tables if table in new.about.hot},
+    )
 
 
 def catalog_device(torch_name: str, memory_bytes: int) -> str | None:

@@ -1,9 +1,10 @@
 """Replays a plan in virtual time: the runtime's own loop and policy over the simulated executor.
 
-Queueing, percentiles and goodput come from here and from no formula. One replica is run, with its
-share of the arrivals; replicas are independent and alike. Lengths are stratified: n requests take
-the quantiles (i + 1/2) / n of their class in an order shuffled by the seed, so that a few dozen
-hold the mix, the rare million-token prompt included; arrivals are Poisson.
+Queueing, percentiles and goodput come from here and from no formula. A plan of one GPU is replayed
+with a step packed ahead, as it runs live. One replica is run, with its share of the arrivals;
+replicas are independent and alike. Lengths are stratified: n requests take the quantiles
+(i + 1/2) / n of their class in an order shuffled by the seed, so that a few dozen hold the mix, the
+rare million-token prompt included; arrivals are Poisson.
 
 A short replay ends after so many steps. What has neither finished nor missed a target by then is
 undecided: it is counted as such and stands in no percentile, since it is neither good nor late.
@@ -21,10 +22,9 @@ from runtime.arrivals import child_rng, cut_lengths
 from runtime.clock import VirtualClock
 from runtime.engine import Engine
 from runtime.executor.base import Floats, Step, StepResult
-from runtime.executor.simulated import SimulatedExecutor
 from runtime.metrics import met_slo, nearest_rank
 from runtime.request import Record, Request, Sequence
-from runtime.scheduler import load_policy
+from runtime.simulate import engine_of
 
 LOAD = 0.7
 """Share of capacity at which plans are compared where no rate is asked for."""
@@ -167,13 +167,7 @@ def _run(plan: Plan, requests: Items[Request], steps: int) -> tuple[_Count, Engi
     """The engine after the run, its end in virtual seconds, and what was counted on the way."""
     clock = VirtualClock()
     counted = _Count(plan.parallelism.spp)
-    engine = Engine(
-        plan,
-        SimulatedExecutor(plan, clock),
-        clock,
-        load_policy(plan.scheduler.policy, plan.scheduler),
-        observer=_Observer(counted),
-    )
+    engine = engine_of(plan, plan.scheduler.policy, clock, observer=_Observer(counted))
     for request in requests:
         engine.add(request)
     while counted.steps < steps and engine.tick():

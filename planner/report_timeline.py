@@ -16,9 +16,7 @@ from plans.chunks import add_sharded_chunk, split_prompt
 from plans.plan import Plan
 from plans.steptime import StepLoad
 from runtime.clock import VirtualClock
-from runtime.engine import Engine
-from runtime.executor.simulated import SimulatedExecutor
-from runtime.scheduler import load_policy
+from runtime.simulate import engine_of
 from runtime.timeline import Recorder, StepSlice
 
 MOST_STEPS = 6000
@@ -73,9 +71,7 @@ def watch(plan: Plan) -> Seen | None:
     )
     clock = VirtualClock()
     recorder = Recorder(stages=plan.parallelism.spp)
-    executor = SimulatedExecutor(plan, clock)
-    policy = load_policy(plan.scheduler.policy, plan.scheduler)
-    engine = Engine(plan, executor, clock, policy, observer=recorder)
+    engine = engine_of(plan, plan.scheduler.policy, clock, observer=recorder)
     for request in requests:
         engine.add(request)
     most = min(point.steps, MOST_STEPS)

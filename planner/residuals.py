@@ -55,7 +55,7 @@ TERM_OF = {
 def residuals(profile: Profile, fits: Fits) -> dict[str, list[Residual]]:
     """Held-out rows by term; the head is a product, hand-overs and merges are links."""
     found: dict[str, list[Residual]] = {}
-    for each in table_residuals(profile, fits, formula=True):
+    for each in table_residuals(profile, fits, context=LONGEST):
         found.setdefault(TERM_OF[each.table], []).append(each)
     found["head"] = [each for each in found.get("matmul", []) if each.table == "gemm"]
     for term in ("hop", "merge"):
@@ -63,15 +63,28 @@ def residuals(profile: Profile, fits: Fits) -> dict[str, list[Residual]]:
     return found
 
 
-def table_residuals(profile: Profile, fits: Fits, *, formula: bool = False) -> Iterator[Residual]:
+def table_residuals(
+    profile: Profile, fits: Fits, *, context: int | None = None
+) -> Iterator[Residual]:
     """Every held-out row that the fits have an answer for.
 
-    formula  attention by the coefficients of a plan for the longest context that was measured,
-             instead of by its law
+    context  attention by the coefficients of a plan for that context, instead of by its law; what
+             no request of such a plan comes to is left out
     """
+
+    def chunk_formula(fits: Fits, row: Row) -> float:
+        heads, tokens, prefix = _call(row)
+        found, _ = _attention(fits).chunk(heads, _within(context, tokens + prefix))
+        return found.seconds(tokens, prefix)
+
+    def decode_formula(fits: Fits, row: Row) -> float:
+        heads, batch, keys = _call(row)
+        found, _ = _attention(fits).decode(heads, _within(context, keys))
+        return found.seconds(batch, keys)
+
     predict: dict[str, Predict] = {
-        "attention_chunk": _chunk_formula if formula else _chunk,
-        "attention_decode": _decode_formula if formula else _decode,
+        "attention_chunk": chunk_formula if context else _chunk,
+        "attention_decode": decode_formula if context else _decode,
         "gemm": _product,
         "links": _collective,
         "rows": _row_wise,
@@ -119,20 +132,14 @@ def _decode(fits: Fits, row: Row) -> float:
     return _attention(fits).decode_s(heads, batch, keys).seconds
 
 
-def _chunk_formula(fits: Fits, row: Row) -> float:
-    heads, tokens, prefix = _call(row)
-    found, _ = _attention(fits).chunk(heads, max(LONGEST, tokens + prefix))
-    return found.seconds(tokens, prefix)
-
-
-def _decode_formula(fits: Fits, row: Row) -> float:
-    heads, batch, keys = _call(row)
-    found, _ = _attention(fits).decode(heads, max(LONGEST, keys))
-    return found.seconds(batch, keys)
+def _within(context: int | None, keys: int) -> int:
+    if context is None or keys > context:
+        raise OutOfRange("attention", f"{keys} keys", f"a plan for {context}", math.inf)
+    return context
 
 
 LONGEST = 1 << 20
-"""The formula's coefficients are worst where they have to serve all contexts up to a million."""
+"""Error bands are those of coefficients that have to serve every context that was measured."""
 
 
 def _attention(fits: Fits) -> Attention:

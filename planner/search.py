@@ -81,7 +81,7 @@ class _Market:
     def fits(self, root: Candidate) -> bool:
         """Whether a shape can hold the context at all; otherwise a row of the ledger."""
         try:
-            if self.bound(root).context_tokens >= self.world.limits.context_tokens:
+            if self.bound(root).fits:
                 return True
             self.price(root)
         except Infeasible as error:  # a dtype that the device does not have

@@ -28,7 +28,7 @@ def why(world: World, found: Found, plan: Plan) -> Iterator[str]:
 
 
 def _kvp(world: World, found: Found, best: Priced) -> Iterator[str]:
-    """KVP is there because without it a token at full context is late, or because it is not."""
+    """KVP is there because without it a token at full context is late or dear; or is not needed."""
     p, context = best.candidate.parallelism, world.limits.context_tokens
     target = seconds_text(world.targets.tbt_s)
     others = [each for each in found.ranked if each.candidate.parallelism.kvp == 1]
@@ -36,6 +36,7 @@ def _kvp(world: World, found: Found, best: Priced) -> Iterator[str]:
     pruned = [row for row in found.pruned if row.label.endswith("kvp 1")]
     slow = [row for row in found.ledger if row.constraint == "tbt" and " kvp 1 " in row.label]
     if p.kvp == 1:
+        yield from _no_kvp(world, found, best)
         return
     share = tokens_text(best.shard_tokens)
     if others and len(late) == len(others) and all("tokens" in row.reason for row in pruned):
@@ -61,10 +62,41 @@ def _kvp(world: World, found: Found, best: Priced) -> Iterator[str]:
             f" {cut.reason}: {cut.bound}, to beat {cut.best}"
         )
     else:
-        yield (
-            f"kvp {p.kvp}: reads of a request at {tokens_text(context)} are shared by"
-            f" {best.candidate.groups} groups, {share} tokens each"
+        nearest = min(others, key=lambda each: each.tbt_full_s)
+        budget_s, takes_s = world.scheduler.step_budget_s, nearest.tbt_full_s
+        beyond = (
+            f", above the step budget of {seconds_text(budget_s)}, where prompts beside it come on"
+            " by the least chunk alone"
+            if best.tbt_full_s <= budget_s < takes_s
+            else ""
         )
+        yield (
+            f"kvp {p.kvp}: without it a token at {tokens_text(context)} takes"
+            f" {seconds_text(takes_s)} at best ({nearest.candidate.label}){beyond}; its reads are"
+            f" shared by {best.candidate.groups} groups, {share} tokens each, and it takes"
+            f" {seconds_text(best.tbt_full_s)}"
+        )
+
+
+def _no_kvp(world: World, found: Found, best: Priced) -> Iterator[str]:
+    """What KVP would have done for a token at full context, and when it would be needed."""
+    p, context = best.candidate.parallelism, world.limits.context_tokens
+    wider = [
+        each
+        for each in found.ranked
+        if each.candidate.parallelism.kvp > 1 and each.candidate.parallelism.tp == p.tp
+    ]
+    if not wider:
+        return
+    other = wider[0]
+    yield (
+        f"kvp 1: a token at {tokens_text(context)} takes {seconds_text(best.tbt_full_s)} on one"
+        f" group, within {seconds_text(world.targets.tbt_s)}; {other.candidate.label} would take"
+        f" {seconds_text(other.tbt_full_s)}, start {tokens_text(context)} tokens in"
+        f" {seconds_text(other.ttft_longest_s)} and sustain {other.capacity.rps:.3g} requests/s"
+        f" instead of {best.capacity.rps:.3g}. A limit below"
+        f" {seconds_text(best.tbt_full_s * (1 + MARGIN))} needs it"
+    )
 
 
 def _spp(best: Priced, context: int) -> str:

@@ -13,7 +13,7 @@ from planner.catalog import CATALOG, load_device, names
 from plans.codec import load_file
 from plans.errors import InvalidFile
 from plans.plan import Plan
-from plans.tuned import Tuned, nearest
+from plans.tuned import TOKENS_MAX, Tuned, most_tokens, nearest
 
 TUNED = CATALOG / "tuned"
 COMMAND = "medha-tune --kernels --install"
@@ -82,7 +82,11 @@ def choose(
             continue
         if record.triton != triton:
             foreign.add(record.triton)
-        params[op] = chosen(record, sizes_of(plan))
+        products = products_of(plan).get(op, ())
+        heaviest = max(products, key=lambda each: each["n"] * each["k"] * each["count"], default={})
+        params[op] = chosen(record, {**sizes_of(plan), **heaviest})
+        if (bound := most_tokens(record.buckets, products)) is not None:
+            params[op][TOKENS_MAX] = bound
     if stale:
         notes.append(
             f"kernels untuned: {', '.join(stale)} changed since they were tuned and keep their"
@@ -107,6 +111,25 @@ def sizes_of(plan: Plan) -> dict[str, int]:
         "kv_heads": max(model.kv_heads // tp, 1),
         "page_tokens": plan.kv.page_tokens,
         "width": model.hidden,
+    }
+
+
+def products_of(plan: Plan) -> dict[str, tuple[dict[str, int], ...]]:
+    """By op, the products of a step on one rank: n rows of the weight, k inputs, and how many."""
+    model, tp = plan.model, plan.parallelism.tp
+    layers = -(-model.layers // plan.parallelism.spp)
+    heads = model.heads // tp
+    kv_heads = max(model.kv_heads // tp, 1)
+    ffn = model.ffn // tp
+    qkv, out = (heads + 2 * kv_heads) * model.head_dim, heads * model.head_dim
+    return {
+        "gate_up_silu": ({"n": 2 * ffn, "k": model.hidden, "count": layers},),
+        "linear": (
+            {"n": model.hidden, "k": out, "count": layers},
+            {"n": model.hidden, "k": ffn, "count": layers},
+            {"n": -(-model.vocab // tp), "k": model.hidden, "count": 1},
+        ),
+        "qkv_rope_write": ({"n": qkv, "k": model.hidden, "count": layers},),
     }
 
 

@@ -76,6 +76,28 @@ def add_sharded_chunk(
         load.add_chunk(tokens, shard_tokens, kvp_groups=newest + 1, keys_only=True)
 
 
+def least_solo_s(step_time: StepTime, tokens: int, shard_tokens: int) -> float:
+    """Seconds that no way of cutting a prompt goes below, nor company in its steps.
+
+    The stage of most layers multiplies every token at the cheapest rate of its table, once at
+    least, and looks at every causal pair in the group that has most of them; the other stages see
+    one step at least. A chunk's share of a step that others fill is no less than that rate.
+    """
+    matmul = step_time.matmul
+    beyond = 0.0  # a table of one row is flat; others go on with their last slope
+    if len(matmul) > 1:
+        before, last = matmul[-2:]
+        beyond = (last.seconds - before.seconds) / (last.at - before.at)
+    rate_s = min(beyond, *(knot.seconds / knot.at for knot in matmul)) if matmul else 0.0
+    first_s = matmul[0].seconds if matmul else 0.0
+    longest = min(tokens, shard_tokens)
+    pairs = longest * longest / 2 + max(tokens - longest, 0) * shard_tokens
+    layer_s = max(rate_s * tokens, first_s) + pairs * step_time.pair_s
+    layers = max(step_time.stage_layers)
+    others = sum(step_time.stage_layers) - layers
+    return step_time.stages * step_time.overhead_s + layers * layer_s + others * first_s
+
+
 class WorkTable:
     """Predicted seconds of lone prefills: W(n) of LARS, by the stage recursion.
 

@@ -34,6 +34,11 @@ OPS: dict[str, Op] = {
         computes="sum = x + residual in their dtype; normed = rms_norm(sum)",
     ),
     "all_reduce": Op(inputs=("x_TD",), outputs=("sum_TD",), computes="sum over the tp ranks"),
+    "all_reduce_add_rms_norm": Op(
+        inputs=("x_TD", "residual_TD", "weight_D", "eps", "comm"),
+        outputs=("normed_TD", "sum_TD"),
+        computes="add_rms_norm of all_reduce(x) and residual; comm is the program's Comm",
+    ),
     "all_gather": Op(
         inputs=("x_RV",), outputs=("x_RV",), computes="tp ranks' shares joined on the last dim"
     ),
@@ -63,6 +68,17 @@ OPS: dict[str, Op] = {
         computes="stores K and V at slots, page x page_tokens + offset; slot -1 stores nothing; "
         "pages in fp8 hold x / scale, and only they have scales",
     ),
+    "kvp_merge": Op(
+        inputs=("out_TNH", "lse_TN", "rows_S", "shares_GS", "places_3E", "received"),
+        outputs=("out_TNH",),
+        computes="the kvp groups' partial attention of shared rows joined in place; received holds "
+        "the other groups' as kvp_pack lays them",
+    ),
+    "kvp_pack": Op(
+        inputs=("out_TNH", "lse_TN", "rows_E", "places_3E"),
+        outputs=("sent",),
+        computes="partial attention of shared rows as bytes: for each peer outputs, then log sums",
+    ),
     "linear": Op(
         inputs=("x_TD", "weight_OD", "bias_O"),
         outputs=("y_TO",),
@@ -87,6 +103,7 @@ OPS: dict[str, Op] = {
             *("x_TD", "weight_OD", "bias_O", "q_norm_H", "k_norm_H", "eps", "cos_sin_T2H2"),
             *("k_pages", "v_pages", "slots_T"),
         ),
+        optional=("k_scales_PK", "v_scales_PK"),
         outputs=("q_TNH", "written"),
         computes="linear to heads of queries, keys and values; rms_norm of the first two unless "
         "the norms are None; rope of them; kv_write of keys and values",
@@ -175,6 +192,8 @@ class StepInputs(Protocol):
     """The launches of this step run again with other numbers in its tensors (a CUDA graph): none of
     them may depend on a number, `host` is None, every sequence has at most one token, and T == B.
     A sequence of no keys is padding: its row is any finite value."""
+    results: tuple[Tensor, ...] | None
+    """Where paged_attention leaves its results, if it can; None where it makes their tensors."""
     memo: dict[Any, Any]
     """What an op keeps for the step's other layers, such as work lists; a new step has it empty."""
 
@@ -191,6 +210,26 @@ class KvCache(Protocol):
     v_scales: list[Tensor]
 
 
+class Peers(Protocol):
+    """Memory of the tp ranks that each other's kernels read and write, where devices reach it.
+
+    The same on all ranks but for `rank` and the addresses. Tensors are on the rank's device.
+    """
+
+    rank: int
+    ranks: int
+    slots: int
+    slot_bytes: int
+    """A multiple of 16."""
+    buffers: Tensor
+    """int64 [ranks], addresses of each rank's data: two halves of slots x slot_bytes."""
+    flags: Tensor
+    """int64 [ranks], addresses of each rank's flags: int32 [slots, ranks], 0 at first. Entry
+    [slot, r] is written by rank r alone."""
+    epochs: Tensor
+    """int32 [slots], 0 at first: launches of this rank that used each slot."""
+
+
 class Comm(Protocol):
     """Collectives of one rank; a program calls only those that its degrees need."""
 
@@ -200,6 +239,14 @@ class Comm(Protocol):
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Join of the tp ranks' shares on the last dimension, in rank order."""
+        ...
+
+    def peers(self, slots: int, slot_bytes: int) -> Peers | None:
+        """Shared memory of the tp ranks, the same at every call with these sizes.
+
+        The first call is a collective. None, on all ranks alike, where devices do not reach each
+        other's memory; and while a CUDA graph is recorded, unless there was a call before.
+        """
         ...
 
     def vocab_offset(self, share: int) -> int:

@@ -85,8 +85,25 @@ class Table(dict[float, float]):
 
 
 def table_s(table: tuple[Knot, ...], at: float) -> float:
-    """Seconds at a point: constant before the first row, the last slope beyond the last row."""
-    return Table(table).read(at)
+    """Seconds at a point, as Table reads it, without making the table ready: for a few reads."""
+    if at <= 0 or not table:
+        return 0.0
+    row = bisect_right(table, at, key=_at)
+    if row == 0:
+        return table[0].seconds
+    last = row == len(table)
+    if last and row == 1:
+        return table[0].seconds
+    left, right = table[row - 2 : row] if last else table[row - 1 : row + 1]
+    slope = (right.seconds - left.seconds) / (right.at - left.at)
+    if last:
+        return right.seconds + (at - right.at) * slope
+    found_s = left.seconds + (at - left.at) * slope
+    return min(right.seconds, found_s)
+
+
+def _at(knot: Knot) -> int:
+    return knot.at
 
 
 class StepTime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
@@ -140,12 +157,7 @@ class StepTime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ca
         decode_kv_tokens  KV tokens that each decode reads, its own included
         kvp_groups        groups whose partial results are merged
         """
-        load = StepLoad(self, stage=stage)
-        for tokens, prefix_tokens in chunks:
-            load.add_chunk(tokens, prefix_tokens, kvp_groups=kvp_groups)
-        for kv_tokens in decode_kv_tokens:
-            load.add_decode(kv_tokens, kvp_groups=kvp_groups)
-        return load.seconds()
+        return _loaded(StepLoad(self, stage=stage), chunks, decode_kv_tokens, kvp_groups).seconds()
 
     def step_s(
         self,
@@ -154,10 +166,18 @@ class StepTime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ca
         kvp_groups: int = 1,
     ) -> float:
         """Seconds of one step summed over its stages: what a decode in it waits for."""
-        return sum(
-            self.stage_s(stage, chunks, decode_kv_tokens, kvp_groups)
-            for stage in range(self.stages)
-        )
+        return sum(_loaded(StepLoad(self), chunks, decode_kv_tokens, kvp_groups).stages_s())
+
+
+def _loaded(
+    load: "StepLoad", chunks: Sequence[Chunk], decode_kv_tokens: Sequence[int], kvp_groups: int
+) -> "StepLoad":
+    """An empty load with this work added."""
+    for tokens, prefix_tokens in chunks:
+        load.add_chunk(tokens, prefix_tokens, kvp_groups=kvp_groups)
+    for kv_tokens in decode_kv_tokens:
+        load.add_decode(kv_tokens, kvp_groups=kvp_groups)
+    return load
 
 
 Work = tuple[int, float, int, int]

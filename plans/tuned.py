@@ -12,9 +12,11 @@ from msgspec import Struct
 
 TOKEN_KEYS = ("batch", "keys", "tokens")
 """Sizes of a bucket that steps vary; the others are the model's, and have to be equal."""
+TOKENS_MAX = "TOKENS_MAX"
+"""Tunable of ops that take the library's product in steps of more tokens than it says."""
 
 
-class Bucket(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Bucket(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The best parameters on one problem, and how good they are."""
 
     regime: str
@@ -33,6 +35,8 @@ class Bucket(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The larger of products over the device's rate and bytes over its bandwidth."""
     error: float
     """Largest difference from the reference, as a share of the op's tolerance."""
+    library_us: float | None = None
+    """The same problem without our product, in the same rounds, of ops that TOKENS_MAX bounds."""
 
 
 class Tuned(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,3 +73,26 @@ def nearest(buckets: Iterable[Bucket], regime: str, sizes: Mapping[str, int]) ->
         return unequal, apart
 
     return min(rivals, key=distance, default=None)
+
+
+def most_tokens(buckets: Iterable[Bucket], products: Iterable[Mapping[str, int]]) -> int | None:
+    """TOKENS_MAX of an op: up to which of the measured tokens our products beat the library's.
+
+    products  n, k and `count`, how often a step has the product; all times of an op count together,
+              since its file has one bound. None where no bucket names the library's time.
+    """
+    rivals = [each for each in buckets if each.library_us is not None]
+    bound = 0 if rivals else None
+    wanted = list(products)
+    for tokens in sorted({each.when["tokens"] for each in rivals}):
+        here = [each for each in rivals if each.when["tokens"] == tokens]
+        ours = library = 0.0
+        for product in wanted or [{"count": 1}]:
+            found = nearest(here, here[0].regime, product)
+            assert found is not None, "rivals of one number of tokens are of one regime"
+            ours += product["count"] * found.us
+            library += product["count"] * (found.library_us or 0.0)
+        if ours > library:
+            break
+        bound = tokens
+    return bound

@@ -145,14 +145,21 @@ def _generate(
     """Loads what is large, and runs: here, or on the ranks of the plan."""
     from runtime.clock import WallClock
     from runtime.executor.live import LiveExecutor, device_for
+    from runtime.garbage import settle
+    from runtime.parallel.devices import warning
     from runtime.parallel.executor import ParallelExecutor
     from runtime.parallel.launch import running_workers
     from runtime.weights import load_weights, random_weights
 
     plan, clock = bundle.plan, WallClock()
+    if said := warning(plan):
+        print(said, file=sys.stderr)
     if plan.parallelism.ranks > 1:
-        with running_workers(str(bundle.folder), plan, weights, seed, place) as replicas:
+        with running_workers(
+            str(bundle.folder), plan, weights, seed, place, graphs=graphs
+        ) as replicas:
             executors = [ParallelExecutor(plan, workers, clock) for workers in replicas]
+            settle()
             return offline.run(plan, executors, clock, scheduling)
     device = device_for(plan)
     program = bundle.load_stage(0)
@@ -163,6 +170,7 @@ def _generate(
     )
     executor = LiveExecutor(plan, program, tensors, clock=clock, graphs=graphs)
     executor.warm_up()
+    settle()
     return offline.run(plan, [executor], clock, scheduling)
 
 

@@ -111,7 +111,7 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
         from runtime.arrivals import Load, offer
         from runtime.cli_sim_tables import Served, print_tables
         from runtime.decisions import decision_log
-        from runtime.simulate import simulate
+        from runtime.simulate import packs_ahead, simulate
 
     plan = load_plan(bundle / "plan.yaml" if bundle.is_dir() else bundle)
     outputs = [timeline, plot, decisions]
@@ -141,7 +141,8 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
             for name in policies:
                 label = f"{name}, seed {each}" if seeds > 1 else name
                 watch = _Watch(progress, label, offered, plan, keep=timeline is not None)
-                with decision_log(decisions, plan, name) as log:
+                ahead = packs_ahead(plan, name)
+                with decision_log(decisions, plan, name, learn=ahead, ahead=ahead) as log:
                     run = simulate(plan, offered.requests, name, observe=watch.replica, log=log)
                 watch.done(run)
                 recorders += watch.recorders

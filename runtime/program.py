@@ -31,6 +31,14 @@ PROGRAM_FOLDER = "program"
 LISTED_MAX = 20
 """Problems that one error names; more would not fit a screen."""
 
+Sampler = Callable[[Tensor, Tensor], Tensor]
+"""(logits_RV, controls_R5) to int64 [2, R]: tokens, and 1 where a row's best logit is finite."""
+Exchanger = tuple[
+    Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+]
+"""(out_TNH, lse_TN, rows_E, places_3E) to bytes for all peers; and (out_TNH, lse_TN, rows_S,
+shares_GS, places_3E, bytes of all peers) to out_TNH, whose shared rows are merged in place."""
 Forward = Callable[[dict[str, Tensor], StepInputs, KvCache, Comm], Tensor]
 """A stage: (weights, inputs, kv, comm) to hidden_TD, or to logits_RV on the last stage."""
 
@@ -42,12 +50,18 @@ class StageProgram:
     parameters: tuple[Parameter, ...]
     forward: Forward
     recordable: bool = False
-    """Steps may be recorded as CUDA graphs: nothing in them waits for the device or speaks to
-    another rank. All of a step of decodes; of another step what is not in `apart`."""
+    """Steps may be recorded as CUDA graphs: nothing in them waits for the device, and other ranks
+    are spoken to through `comm` alone. All of a step of decodes; of another step what is not in
+    `apart`."""
     apart: tuple[str, ...] = ()
     """Ops whose launches follow the lengths of a step's sequences."""
     selects: str | None = None
     """Op behind which only the sampled rows are left."""
+    sample: Sampler | None = None
+    """Draws as `draw` of runtime/sampling.py, whose argument it is; None where nothing is faster
+    than that, or where the stage has no logits."""
+    exchange: Exchanger | None = None
+    """On a GPU, packs and merges what kvp groups exchange (runtime/parallel/kvp.py)."""
     namespace: dict[str, Any] = field(default_factory=dict)
     """The module's own, in which `forward` finds its ops."""
 
@@ -88,6 +102,8 @@ class Bundle:
             recordable=bool(getattr(module, "RECORDABLE", False)),
             apart=tuple(getattr(module, "APART", ())),
             selects=getattr(module, "SELECTS", None),
+            sample=getattr(module, "SAMPLE", None),
+            exchange=getattr(module, "EXCHANGE", None),
             namespace=vars(module),
         )
 

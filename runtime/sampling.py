@@ -9,22 +9,25 @@
 This is the order of Hugging Face generate; vLLM applies min-p before top-k, which only matters
 where top-p is set too. One number in [0, 1) for each (seed, position) then picks by inverse CDF
 over what is left. So a draw depends on the request's seed, how many tokens it has generated and its
-logits alone: not on its batch, the step, a preemption, the layout or the device. The CDF runs in
-token order, not best first: logits that differ in their last bits (another layout) then move its
+logits alone: not on its batch, the step, a preemption, the layout or the device. A program of our
+kernels has a sampler of its own, which draws the same: also in double precision, but adding up in
+another order, so it may decide otherwise where a threshold, or the number that picks, lies within
+V x 2^-52 of where two tokens meet: 2^-35 for 128K tokens, which have 2^17 such places. The CDF runs
+in token order, not best first: logits that differ in their last bits (another layout) then move its
 edges by as little, where a swap of two near-equal tokens would move whole intervals.
 
 Letters: R rows, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from plans.errors import MedhaError
-from runtime.parallel.transfers import to_device
+from runtime.parallel.transfers import Array, to_device
 from runtime.sampling_params import SamplingParams
 
 ROWS_AT_ONCE = 32
@@ -100,6 +103,22 @@ def _inverse_cdf(logits_RV: Tensor, params: Sequence[SamplingParams], at_R1: Ten
     return torch.minimum(token_R1, last_R1).squeeze(-1)
 
 
+def controls(params: Sequence[SamplingParams], positions: Sequence[int]) -> Array:
+    """What a sampler is told of each row, float64 [R, 5]: temperature (0: the best token), top_k
+    (0: all), top_p, min_p and the number in [0, 1) that picks."""
+    rows = [
+        (
+            each.temperature,
+            each.top_k,
+            each.top_p,
+            each.min_p,
+            0.0 if each.greedy else uniform(each.seed, position),
+        )
+        for each, position in zip(params, positions, strict=True)
+    ]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), 5)
+
+
 def draw_greedy(logits_RV: Tensor) -> Tensor:
     """As `draw`, for rows that are all greedy: fit to be recorded in a CUDA graph."""
     best_R = logits_RV.argmax(dim=-1)  # of equal ones the first; NaN wins
@@ -107,14 +126,22 @@ def draw_greedy(logits_RV: Tensor) -> Tensor:
     return torch.stack((best_R, finite_R.long()))
 
 
-def draw(logits_RV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
+def draw(
+    logits_RV: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """One token for each row, on the device, which the host does not wait for.
 
     logits_RV  any float dtype; used in at least fp32
     positions  tokens that each row's request has generated so far
+    sampler    the program's (runtime/program.py), for all rows; None draws here
     result     int64 [2, R]: tokens, and 1 where the row's best logit is finite (`checked`)
     """
     logits_RV = logits_RV.float()
+    if sampler is not None:
+        return sampler(logits_RV, to_device([controls(params, positions)], logits_RV.device)[0])
     drawn_2R = draw_greedy(logits_RV)
     random = [row for row, each in enumerate(params) if not each.greedy]
     for first in range(0, len(random), ROWS_AT_ONCE):

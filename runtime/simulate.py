@@ -1,4 +1,8 @@
-"""Serves requests in virtual time: the engine over the simulated executor, for every replica."""
+"""Serves requests in virtual time: the engine over the simulated executor, for every replica.
+
+The engine is the live one, and so is what it is made with: where the plan's executor feeds tokens
+back, steps are packed ahead and the formula is corrected by what steps took.
+"""
 
 import time
 from array import array
@@ -11,10 +15,11 @@ from plans.chunks import WorkTable
 from plans.plan import Plan
 from runtime.clock import VirtualClock
 from runtime.engine import Engine, Log, Observer
+from runtime.executor.ahead import keeps_ahead
 from runtime.executor.base import Floats
-from runtime.executor.simulated import SimulatedExecutor
+from runtime.executor.simulated import AheadExecutor, SimulatedExecutor
 from runtime.request import Record, Request
-from runtime.scheduler import load_policy
+from runtime.scheduler import PACKER, load_policy
 
 Observe = Callable[[int], Observer | None]
 """The observer of a replica, by its number."""
@@ -41,26 +46,25 @@ def simulate(
     *,
     observe: Observe | None = None,
     log: Log | None = None,
-    executor: MakeExecutor = SimulatedExecutor,
+    executor: MakeExecutor | None = None,
 ) -> Run:
     """Serves all requests to their end.
 
     policy    NAME or NAME,chunk=N, as scheduler.load_policy reads it
     log       of the decisions of the first replica
-    executor  where steps take another time than the plan's formula says
+    executor  where steps take another time than the plan's formula says; None for the plan's own
     errors    UnknownName or UsageError for the policy; Refused for a request beyond the limits
     """
     started_s = time.perf_counter()
-    scheduling = load_policy(policy, plan.scheduler)
     records: list[Record] = []
     gaps: dict[str, array[float]] = {"short": array("d"), "long": array("d")}
     for replica, share in enumerate(assign(plan, requests)):
         clock = VirtualClock()
-        engine = Engine(
+        engine = engine_of(
             plan,
-            executor(plan, clock),
+            policy,
             clock,
-            scheduling,
+            executor=None if executor is None else executor(plan, clock),
             observer=None if observe is None else observe(replica),
             log=log if replica == 0 else None,
         )
@@ -76,6 +80,40 @@ def simulate(
         short_gaps_s=np.array(gaps["short"]),
         long_gaps_s=np.array(gaps["long"]),
         wall_s=time.perf_counter() - started_s,
+    )
+
+
+def packs_ahead(plan: Plan, policy: str) -> bool:
+    """Whether a simulation packs a step while one runs, as the plan's live executor does.
+
+    Re-creations of other engines do not: those engines were measured, and they were held against
+    that, without it.
+    """
+    return keeps_ahead(plan) and load_policy(policy, plan.scheduler).composer == PACKER
+
+
+def engine_of(
+    plan: Plan,
+    policy: str,
+    clock: VirtualClock,
+    *,
+    executor: SimulatedExecutor | None = None,
+    observer: Observer | None = None,
+    log: Log | None = None,
+) -> Engine:
+    """An engine in virtual time, over the executor that the policy's steps would have live."""
+    if executor is None:
+        kind = AheadExecutor if packs_ahead(plan, policy) else SimulatedExecutor
+        executor = kind(plan, clock)
+    return Engine(
+        plan,
+        executor,
+        clock,
+        load_policy(policy, plan.scheduler),
+        observer=observer,
+        log=log,
+        learn=executor.feeds_back,
+        ahead=executor.feeds_back,
     )
 
 

@@ -1,7 +1,7 @@
 """What every test shares: interpreter, hypothesis settings, gpu marker, golden files."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--refresh", action="store_true", help="rewrite the golden files that differ, then pass"
     )
+    parser.addoption("--seed", type=int, help="of random data on a GPU, instead of a new one")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,3 +64,23 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(), f"{path} differs; if that is meant: pytest --refresh"
 
     return compare
+
+
+@pytest.fixture(scope="module")
+def poison() -> Iterator[None]:
+    """Poisons fresh memory (tests/poisoning.py) until the module's last test."""
+    import poisoning  # noqa: PLC0415 - imports torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        poisoning.poison(patch)
+        yield
+
+
+@pytest.fixture
+def fresh_seed(request: pytest.FixtureRequest) -> int:
+    """A seed that a failing test shows: a new one in each run on a GPU, or that of --seed."""
+    import poisoning  # noqa: PLC0415 - imports torch
+
+    seed: int = poisoning.fresh_seed(request.config.getoption("--seed"))
+    print(f"--seed {seed}")  # noqa: T201 - pytest shows it where the test fails
+    return seed

@@ -80,7 +80,9 @@ def reference_of(model: Model) -> torch.nn.Module:
     return module.requires_grad_(requires_grad=False)
 
 
-def assert_greedy(model: Model, prompt: Sequence[int], answer: Sequence[int]) -> None:
+def assert_greedy(
+    model: Model, prompt: Sequence[int], answer: Sequence[int], near_tie: float = NEAR_TIE
+) -> None:
     """Each token of an answer is the best one of the whole sequence in one process.
 
     Teacher-forced, so that a near-tie spoils no comparison behind it.
@@ -92,7 +94,7 @@ def assert_greedy(model: Model, prompt: Sequence[int], answer: Sequence[int]) ->
     for place, (token, logits_V) in enumerate(zip(answer, logits_TV, strict=True)):
         best = float(logits_V.max())
         behind = best - float(logits_V[token])
-        assert behind <= NEAR_TIE, f"token {place} of the answer is {behind} behind the best"
+        assert behind <= near_tie, f"token {place} of the answer is {behind} behind the best"
 
 
 def prompt_of(tokens: int, seed: int, vocab: int = 256) -> list[int]:
@@ -175,14 +177,16 @@ class RandomScheduler:
         self._evicted: list[int] = []
         self._ended: list[int] = []
 
-    def add(self, number: int, prompt: list[int], max_tokens: int) -> None:
+    def add(
+        self, number: int, prompt: list[int], max_tokens: int, sampling: SamplingParams = GREEDY
+    ) -> None:
         request = Request(
             number=number, arrival_s=0.0, prompt_tokens=len(prompt), max_tokens=max_tokens
         )
         live = Live(request=request, deadline_s=1.0, work_s=1.0, tbt_s=1.0)
         live.home = self.draw.randrange(self.plan.parallelism.kvp)
         self.known[number] = Known(live, prompt)
-        self.executor.add_request(number, prompt, GREEDY)
+        self.executor.add_request(number, prompt, sampling)
 
     def run(self) -> None:
         """Until every request has its tokens or was cancelled."""

@@ -189,6 +189,9 @@ class ThreadComm:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.wires.of_tp(self.plan, self.place, x), dim=-1)
 
+    def peers(self, slots: int, slot_bytes: int) -> None:
+        """Threads have no memory that the interpreter's kernels could wait on together."""
+
     def vocab_offset(self, share: int) -> int:
         return self.place.tp * share
 

@@ -50,7 +50,10 @@ COMMAND = ("rich", "typer")
 
 ZONES = {
     "plans": Zone(modules=("plans",), third_party=("msgspec", "yaml")),
-    "codegen": Zone(modules=("codegen",), zones=("plans",), third_party=("torch", "triton")),
+    # numpy: lists that a step's launches wait for are built on the host.
+    "codegen": Zone(
+        modules=("codegen",), zones=("plans",), third_party=("numpy", "torch", "triton")
+    ),
     # msgspec besides numpy: the core writes the decision log and the step messages.
     "core": Zone(modules=("runtime",), zones=("plans",), third_party=("msgspec", "numpy")),
     "live": Zone(
@@ -90,9 +93,9 @@ ZONES = {
         third_party=COMMAND,
     ),
     "medha-tune": Zone(
-        modules=("planner.cli_tune",),
+        modules=("planner.cli_tune", "planner.cli_tune_profile"),
         zones=("codegen", "core", "planner", "plans"),
-        third_party=COMMAND,
+        third_party=(*COMMAND, "msgspec"),
     ),
     "plot": Zone(
         modules=("runtime.plot",), zones=("core", "plans"), third_party=("matplotlib", "numpy")

@@ -7,7 +7,9 @@ reads. FlashInfer compiles its kernels on the first call, for a minute or two.
 
 import importlib
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -113,15 +115,29 @@ LIBRARIES: dict[str, Callable[[Case, Problem], Run]] = {
 }
 
 
-def compile_all() -> None:
-    """Lets FlashInfer compile what the rows need, before anything is timed."""
+def compile_all(kinds: Collection[int]) -> None:
+    """Lets FlashInfer compile what the rows need, before anything is timed; all kinds at once.
+
+    kinds  numbers of queries: 1 for decodes, any other for chunks
+    """
+    line = [sys.executable, __file__]
+    children = [
+        subprocess.Popen([*line, queries], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        for queries in map(str, kinds)
+    ]
+    for child in children:
+        child.wait()  # one that failed fails again where it is called, and says why
+
+
+def compile_one(queries: int) -> None:
+    """Calls FlashInfer once for so many queries."""
     from bench.kernels.attention_cases import make  # noqa: PLC0415 - builds tensors
 
-    for queries in (64, 1):
-        case = Case(name="small", queries=queries, keys=256)
-        flashinfer(case, make(case))()
+    case = Case(name="small", queries=queries, keys=256)
+    flashinfer(case, make(case))()
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    compile_all()
+    for each in sys.argv[1:] or ("64", "1"):
+        compile_one(int(each))

@@ -3,6 +3,10 @@
     PYTHONPATH=. python bench/kernels/attention_peers.py [--out DIR] [--rows chunk,decode]
                                                          [--peers "fa3,sdpa flash,flashinfer"]
 
+`--rows decode,chunk32,again` measures a part, which `attention_plot.py --with` puts into the
+figures of all. FlashInfer's kernels are compiled before anything is timed, those for chunks only if
+there are chunks; without FlashInfer among the peers a run starts at once.
+
 Each candidate is checked against fp32 first and not timed if it is off. Figures are medians over
 rounds in which every candidate runs once, and ratios are medians of the rounds' ratios: the chip is
 power-limited, so rates drift by more than candidates differ. Writes attention_peers.csv and .md.
@@ -16,12 +20,14 @@ import dataclasses
 import datetime as dt
 import gc
 import math
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +41,7 @@ from bench.kernels.attention_cases import (
     portable,
     relative_error,
 )
-from bench.kernels.attention_libraries import LIBRARIES, Unsuited
+from bench.kernels.attention_libraries import LIBRARIES, Unsuited, compile_all
 from codegen.kernels.paged_attention import triton as kernel
 
 K = 1024
@@ -47,7 +53,26 @@ DECODES = [Case(name="decode", queries=1, keys=keys * K, batch=batch, heads=head
            for heads in (32, 64)
            for batch, keys, graph in ((1, 4, True), (1, 128, False), (32, 4, False),
                                       (1, 1024, False))]  # fmt: skip
-ROWS = {"prefill": PREFILL, "chunk": CHUNKS, "decode": DECODES}
+CHUNK32 = [case for case in CHUNKS if case.queries == 32]
+GRAPHS = [case for case in DECODES if case.graph]
+AGAIN = [
+    *(case for case in DECODES if (case.batch, case.heads) == (32, 32)),
+    *(case for case in CHUNKS if (case.keys, case.heads) == (128 * K, 32) and case.queries <= 512),
+]
+"""Rows of 2026-11-27 that a compiler beside them disturbed."""
+ROWS = {
+    "prefill": PREFILL,
+    "chunk": CHUNKS,
+    "decode": DECODES,
+    "chunk32": CHUNK32,
+    "again": AGAIN,
+    "graphs": GRAPHS,
+}
+DECODE_BESIDE = "our decode"
+"""One query over the same pages, in the rounds of a chunk of 32."""
+FIELDS = ["case", "queries", "keys", "batch", "heads", "page", "graph", "candidate", "us", "p20",
+          "p80", "rounds", "tflops", "tb_s", "floor_us", "of_floor", "of_fa3", "error", "list_us",
+          "of_decode", "measured", "card"]  # fmt: skip
 PORTABLE = [("prefill", 8 * K, 32), ("prefill", 32 * K, 32), ("chunk", 512, 32)]
 PAGED = {"ours", "portable Triton", "flashinfer"}
 TOLERANCE = 6e-3
@@ -136,11 +161,22 @@ def list_time_us(problem: Problem) -> float:
     return statistics.median(times)
 
 
+def decode_of(problem: Problem) -> Problem:
+    """The first query of a chunk alone, over all of its keys."""
+    inputs = problem.inputs
+    host = SimpleNamespace(query_starts=[0, 1], kv_lens=inputs.host.kv_lens, causal=[True])
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=problem.q_TNH.device)
+    alone = {"slots_T": inputs.slots_T[:1], "query_starts_B1": starts, "host": host, "memo": {}}
+    one = SimpleNamespace(**{**vars(inputs), **alone})
+    return dataclasses.replace(problem, q_TNH=problem.q_TNH[:1].contiguous(), inputs=one)
+
+
 def measure(case: Case, rounds: int, peers: list[str]) -> list[dict[str, Any]]:
     """A row a candidate."""
     problems = [make(case, seed) for seed in range(6 if case.graph else 1)]
     candidates = candidates_of(case, problems, peers)
     rows, clocks = [], {}
+    measured = f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M}"
     # takes longer than the host takes to launch, so that a launch is not part of the time
     flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     for name, runs in candidates.items():
@@ -156,10 +192,14 @@ def measure(case: Case, rounds: int, peers: list[str]) -> list[dict[str, Any]]:
                 "graph": case.graph,
                 "candidate": name,
                 "error": f"{error:.1e}",
+                "measured": measured,
+                "card": torch.cuda.get_device_name(),
             }
         )
         if error <= TOLERANCE:  # NaN is no pass
             clocks[name] = replayed(runs) if case.graph else cleared(runs[0], flush)
+    if case.queries == 32 and case.batch == 1:  # a goal is a ratio to our decode of as many keys
+        clocks[DECODE_BESIDE] = cleared(ours(decode_of(problems[0]), kernel), flush)
     for each in clocks.values():
         each()
     times: dict[str, list[float]] = {name: [] for name in clocks}
@@ -168,6 +208,9 @@ def measure(case: Case, rounds: int, peers: list[str]) -> list[dict[str, Any]]:
             times[name].append(clocks[name]())
     for row in rows:
         row.update(figures(case, times.get(row["candidate"], []), times.get("fa3", [])))
+        if DECODE_BESIDE in times and row["candidate"] == "ours":
+            ratios = [a / b for a, b in zip(times["ours"], times[DECODE_BESIDE], strict=True)]
+            row["of_decode"] = round(statistics.median(ratios), 3)
     rows[0]["list_us"] = round(list_time_us(problems[0]))
     return rows
 
@@ -206,10 +249,10 @@ def rounds_for(case: Case, *, fast: bool) -> int:
 def environment() -> list[str]:
     """What the figures depend on."""
     query = "name,power.limit,driver_version,clocks.max.sm"
-    card = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+    asked = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    card = "none"
+    if shutil.which(asked[0]):
+        card = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     return [
         f"date: {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC",
         f"command: python {' '.join(sys.argv)}",
@@ -239,10 +282,11 @@ def main() -> None:
     began = time.monotonic()
     rows: list[dict[str, Any]] = []
     skipped: list[Case] = []
-    fields = ["case", "queries", "keys", "batch", "heads", "page", "graph", "candidate", "us",
-              "p20", "p80", "rounds", "tflops", "tb_s", "floor_us", "of_floor", "of_fa3", "error",
-              "list_us"]  # fmt: skip
-    for case in (each for name in options.rows.split(",") for each in ROWS[name]):
+    chosen_rows = {case: None for name in options.rows.split(",") for case in ROWS[name]}
+    if "flashinfer" in options.peers:
+        compile_all({1 if case.queries == 1 else 64 for case in chosen_rows})
+        print(f"FlashInfer compiled after {time.monotonic() - began:.0f} s", flush=True)
+    for case in chosen_rows:
         chosen = dataclasses.replace(case, page_tokens=options.page)
         if time.monotonic() - began > options.seconds:
             skipped.append(chosen)
@@ -254,14 +298,14 @@ def main() -> None:
             found = [{**dataclasses.asdict(chosen), "case": chosen.name, "us": "out of memory"}]
         rows += found
         for row in found:
-            print({name: row.get(name) for name in fields if name in row}, flush=True)
+            print({name: row.get(name) for name in FIELDS if name in row}, flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-        text = [*environment(), "", table(rows, fields), ""]
+        text = [*environment(), "", table(rows, FIELDS), ""]
         text += [f"not run: {each}" for each in skipped]
         (options.out / "attention_peers.md").write_text("\n".join(text))
         with (options.out / "attention_peers.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=fields, extrasaction="ignore")
+            writer = csv.DictWriter(file, fieldnames=FIELDS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
     if skipped:

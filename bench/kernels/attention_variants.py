@@ -18,10 +18,11 @@ import torch
 from bench.kernels.attention_cases import Case, Problem, flash_attention_3, make, relative_error
 from bench.kernels.attention_check import quantised
 from bench.kernels.attention_peers import cleared, replayed
+from codegen.kernels.kvp_merge.triton import kvp_merge
+from codegen.kernels.kvp_pack.triton import kvp_pack
 from codegen.kernels.paged_attention import triton as kernel
 from codegen.kernels.paged_attention import work as lists
 from codegen.kernels.paged_attention.tiles import merge_kernel
-from runtime.parallel import merging
 from runtime.parallel.kvp import merge_shards
 
 K = 1024
@@ -78,7 +79,7 @@ def show(title: str, clocks: dict[str, Callable[[], float]], rounds: int = 15) -
 
 def merge(flush: torch.Tensor) -> None:
     """By the last piece to end, or by a second launch; and that launch alone."""
-    forms = {"last piece": {"APART_TILES": 0}, "second launch": {"FUSE_MERGE": 0}}
+    forms = {"last piece": {"APART_TILES": 0, "FUSE_MERGE": 2}, "second launch": {"FUSE_MERGE": 0}}
     for heads in (32, 64):
         case = Case(name="decode", queries=1, keys=4 * K, heads=heads)
         problems = [make(case, seed) for seed in range(6)]
@@ -157,17 +158,17 @@ def exchange(flush: torch.Tensor) -> None:
         rows = torch.arange(tokens, device="cuda")
         places = torch.stack((rows * 0, rows * 0 + tokens, rows)).int()
         shares = torch.stack((rows * 0 - 2, rows)).int()
-        sent = merging.pack_shares(out, lse, rows, places)
+        sent = kvp_pack(out, lse, rows, places)
         both = torch.stack((out, out)), torch.stack((lse, lse))
 
         def pack(*tensors: torch.Tensor) -> torch.Tensor:
-            return merging.pack_shares(*tensors)
+            return kvp_pack(*tensors)
 
         packing = (out, lse, rows, places)
         merged = (out, lse, rows, shares, places, sent)
         calls: dict[str, Callable[[], Any]] = {
             "pack": lambda each=packing: pack(*each),
-            "merge": lambda each=merged: merging.merge_shares(*each),
+            "merge": lambda each=merged: kvp_merge(*each),
             "merge by torch": lambda each=both: merge_shards(*each),
         }
         clocks = {name: replayed([call] * 8) for name, call in calls.items()}

@@ -6,12 +6,13 @@ Every candidate is a node of a CUDA graph that goes through several copies of th
 L2 is cold and launches cost what they cost in a recorded step. Candidates alternate in one process;
 figures are medians, `of_peer` is the median of the rounds' ratios peer over candidate, above 1
 where it is faster. The peer is what a layer would run without the fused op: the library's product
-and our own separate kernels; for a product alone, the library. `floor_us` counts the larger of
-weights over the copy rate and FLOPs over the product rate of the card (attention_peers.RATES).
+and our own separate kernels; for a product alone, the library. `floor_us` is the larger of two
+times: weights, inputs and outputs at the rate of a copy in the same run, and FLOPs at the best rate
+seen on such a card (attention_peers.RATES); `of_floor` is the share of it that was reached.
 `layer` is a whole layer without attention: norm, qkv, o, norm, gate and up, down.
 
 Values are compared with fp32 first: `error` is a relative norm, and what is off is not timed.
-Writes gemm_rates.csv and .md.
+Writes gemm_rates.csv, .md and .svg.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from typing import Any
 
 import torch
 
-from bench.kernels.attention_peers import card_rates, environment, replayed, table
+from bench.kernels import rates_plot
+from bench.kernels.attention_peers import card_rates, environment, replayed
 from codegen.kernels import load_spec
 from codegen.kernels.add_rms_norm.triton import add_rms_norm
 from codegen.kernels.gate_up_silu.triton import gate_up_silu
@@ -38,6 +40,7 @@ from codegen.kernels.rms_norm.triton import rms_norm
 from codegen.kernels.rope.triton import rope
 from codegen.kernels.rotary.triton import rotary
 from codegen.kernels.silu_mul.triton import silu_mul
+from codegen.problems import rates
 from codegen.tune import applied
 
 COLD_BYTES = 300 << 20
@@ -249,7 +252,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def floor_us(model: Model, product: str, tokens: int) -> float:
     """No kernel is faster on a card of these rates."""
     names = ("qkv", "o", "gate_up", "down") if product == "layer" else (product,)
-    flops_s, bytes_s = card_rates()
+    flops_s, bytes_s = card_rates()[0], rates(torch.device("cuda"))[1]
     sizes = [model.weights[name] for name in names]
     return sum(
         1e6 * max(2 * tokens * n * k / flops_s, 2 * (n * k + tokens * (n + k)) / bytes_s)
@@ -293,6 +296,21 @@ def measure(model: Model, product: str, tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
+def save(figures: Path, rows: list[dict[str, Any]], skipped: list[str]) -> None:
+    """The rows so far, and a page of them."""
+    fields = ["model", "product", "tokens", "candidate", "us", "p20", "p80", "floor_us", "of_floor",
+              "of_peer", "error"]  # fmt: skip
+    with figures.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=fields, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    flops_s, bytes_s = card_rates()[0], rates(torch.device("cuda"))[1]
+    rate = f"floor: {flops_s / 1e12:.0f} TFLOP/s, {bytes_s / 1e12:.2f} TB/s (this run's copy)"
+    text = [*environment(), rate, "", rates_plot.BEGIN, rates_plot.END, ""]
+    page = rates_plot.with_table("\n".join(text), rates_plot.table(rates_plot.read(figures)))
+    figures.with_suffix(".md").write_text(page + "".join(f"not run: {each}\n" for each in skipped))
+
+
 def main() -> None:
     """Runs all rows; what was measured is written after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -301,10 +319,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    fields = ["model", "product", "tokens", "candidate", "us", "p20", "p80", "floor_us", "of_floor",
-              "of_peer", "error"]  # fmt: skip
+    figures = options.out / "gemm_rates.csv"
     rows: list[dict[str, Any]] = []
-    skipped = []
+    skipped: list[str] = []
     cases = [
         (model, product, tokens)
         for model in MODELS
@@ -318,15 +335,12 @@ def main() -> None:
         found = measure(model, product, tokens)
         rows += found
         for row in found:
-            print({name: row[name] for name in fields if name in row}, flush=True)
+            print(row, flush=True)
         torch.cuda.empty_cache()
-        text = [*environment(), "", table(rows, fields), ""]
-        text += [f"not run: {each}" for each in skipped]
-        (options.out / "gemm_rates.md").write_text("\n".join(text))
-        with (options.out / "gemm_rates.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=fields, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        save(figures, rows, skipped)
+    if rows:
+        save(figures, rows, skipped)
+        rates_plot.write(figures)
     if skipped:
         print(f"not run for lack of time: {skipped}")
 

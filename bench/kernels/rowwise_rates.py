@@ -3,9 +3,13 @@
     PYTHONPATH=. python bench/kernels/rowwise_rates.py [--out DIR]
 
 Every candidate is a node of a CUDA graph that runs over several copies of its data, so that L2 is
-cold and launches cost what they cost in a recorded step. `of_copy` is the rate of the bytes that
-the op must move (each input read once, each output written once) as a share of the rate of
-`Tensor.copy_` of as many bytes in the same run. Values are checked against the reference first.
+cold and launches cost what they cost in a recorded step. Bytes are those that the op must move:
+each input read once, each output written once. `of_copy` compares their rate with that of
+`Tensor.copy_` of as many bytes; `floor_us` is what they take at the rate of the fastest of these
+copies, of any size, in the same run, and `of_floor` the share of it that was reached. Values are
+checked against the reference first.
+
+Writes rowwise_rates.csv, .md and .svg.
 """
 
 import argparse
@@ -18,7 +22,8 @@ from typing import Any
 
 import torch
 
-from bench.kernels.attention_peers import environment, replayed, table
+from bench.kernels import rates_plot
+from bench.kernels.attention_peers import environment, replayed
 from codegen.kernels import load_reference, load_spec
 from codegen.kernels.add_rms_norm.triton import add_rms_norm
 from codegen.kernels.kv_write.triton import kv_write
@@ -39,6 +44,7 @@ TOKENS = {"sample": (1, 64)}
 """Of one op, in place of (1, 64, 2048, 16384)."""
 CONTROLS = ((0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 50, 1.0, 0.0), (0.8, 64, 0.9, 0.0))
 """Temperature, top_k, top_p and min_p of rows in turn; the last for one row."""
+VOCAB = 128_256
 COLD_BYTES = 256 << 20
 """Bytes that a graph goes through, several times the L2."""
 
@@ -47,31 +53,42 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def arguments(op: str, tokens: int) -> tuple[tuple[Any, ...], int]:
-    """Arguments of the op in an 8B or, for norms and activation, 70B model, and the bytes moved."""
+def moved_bytes(op: str, tokens: int) -> int:
+    """What an op of these arguments reads and writes at least."""
+    per_token = {
+        "add_rms_norm": 8 * 8192,
+        "kv_write": 8 * 8 * 128,
+        "rms_norm": 4 * 8192,
+        "rope": 4 * 32 * 128,
+        "sample": 4 * VOCAB,
+        "silu_mul": 6 * 14336,
+    }
+    return per_token[op] * tokens
+
+
+def arguments(op: str, tokens: int) -> tuple[Any, ...]:
+    """Arguments of the op in an 8B or, for norms and activation, 70B model."""
     wide, head = 8192, 128
     if op == "rms_norm":
-        return (normal(tokens, wide), normal(wide), 1e-5), 4 * tokens * wide
+        return (normal(tokens, wide), normal(wide), 1e-5)
     if op == "add_rms_norm":
-        args = (normal(tokens, wide), normal(tokens, wide), normal(wide), 1e-5)
-        return args, 8 * tokens * wide
+        return (normal(tokens, wide), normal(tokens, wide), normal(wide), 1e-5)
     if op == "silu_mul":
-        return (normal(tokens, 2 * 14336),), 6 * tokens * 14336
+        return (normal(tokens, 2 * 14336),)
     if op == "sample":
-        vocab = 128_256
-        logits = normal(tokens, vocab).float() * 3
+        logits = normal(tokens, VOCAB).float() * 3
         rows = [(*CONTROLS[-1 - row % len(CONTROLS)], 0.37) for row in range(tokens)]
         controls = torch.tensor(rows, dtype=torch.float64, device="cuda")
-        return (logits, controls), 4 * tokens * vocab
+        return (logits, controls)
     positions = torch.randint(0, 1 << 20, (tokens,), device="cuda")
     if op == "rope":
         frequencies = torch.logspace(0, -5.7, head // 2, device="cuda")
         x = normal(tokens, 6144)[:, :4096].view(tokens, 32, head)
-        return (x, positions, frequencies, 1.0), 4 * tokens * 32 * head
+        return (x, positions, frequencies, 1.0)
     k, v = (normal(tokens, 6144)[:, 4096:5120].view(tokens, 8, head) for _ in "kv")
     pages = [torch.zeros((tokens // 128 + 2, 128, 8, head), device="cuda").bfloat16() for _ in "kv"]
     slots = torch.randperm(pages[0].shape[0] * 128, device="cuda")[:tokens]
-    return (k, v, *pages, slots), 8 * tokens * 8 * head
+    return (k, v, *pages, slots)
 
 
 def wrong(op: str, args: tuple[Any, ...]) -> float:
@@ -105,10 +122,10 @@ def stored(
 
 def measure(op: str, tokens: int) -> list[dict[str, Any]]:
     """A row a candidate."""
-    args, moved = arguments(op, tokens)
+    args, moved = arguments(op, tokens), moved_bytes(op, tokens)
     off = wrong(op, args)
     copies = min(max(COLD_BYTES // moved, 1), 64)
-    sets = [args, *(arguments(op, tokens)[0] for _ in range(copies - 1))]
+    sets = [args, *(arguments(op, tokens) for _ in range(copies - 1))]
     plain = [normal(max(moved // 4, 1)) for _ in range(copies + 1)]
     reference = stored if op == "kv_write" else load_reference(op)
     runs: dict[str, list[Callable[[], Any]]] = {
@@ -141,6 +158,27 @@ def measure(op: str, tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
+def with_floors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with what their bytes take at the rate of the run's fastest copy."""
+
+    def least_us(row: dict[str, Any], rate: float) -> float:
+        return moved_bytes(row["op"], int(row["tokens"])) / rate
+
+    rate = max(
+        moved_bytes(row["op"], int(row["tokens"])) / float(row["us"])
+        for row in rows
+        if row["candidate"] == "copy"
+    )
+    return [
+        {
+            **row,
+            "floor_us": round(least_us(row, rate), 2),
+            "of_floor": round(least_us(row, rate) / float(row["us"]), 3),
+        }
+        for row in rows
+    ]
+
+
 def main() -> None:
     """Runs all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -153,14 +191,16 @@ def main() -> None:
         for tokens in TOKENS.get(op, (1, 64, 2048, 16384))
         for row in measure(op, tokens)
     ]
-    fields = list(rows[0])
-    text = [*environment(), "", table(rows, fields), ""]
-    (options.out / "rowwise_rates.md").write_text("\n".join(text))
-    with (options.out / "rowwise_rates.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=fields)
+    rows = with_floors(rows)
+    figures = options.out / "rowwise_rates.csv"
+    with figures.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print("\n".join(text))
+    page = figures.with_suffix(".md")
+    page.write_text("\n".join([*environment(), "", rates_plot.BEGIN, rates_plot.END, ""]))
+    rates_plot.write(figures)
+    print(page.read_text())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,24 @@ class Value:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Largest:
+    """The largest steps of a plan, for what their calls hold."""
+
+    sizes: Mapping[str, int]
+    """Of the letters of values."""
+    keys: int
+    """Of the longest sequence on one rank."""
+    pool: int
+    """Tokens that a rank's pages hold."""
+    chunks: tuple[tuple[int, int], ...] = ()
+    """Tokens of the schedule's chunks, and keys of their sequence up to the last of them."""
+
+
+Scratch = Callable[..., int]
+"""From a Largest and an op's arguments, as Spec.infer has them, bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compilation:
     """One way in which a Triton kernel is used: what the gate compiles for sm_90."""
 
@@ -96,14 +114,18 @@ class Spec:
     op: str
     infer: Callable[..., Any]
     """From the op's arguments, tensors as Value, to its Value or tuple of them; asserts."""
-    view: bool = False
-    """The result shares its first argument's storage."""
+    view: bool | Callable[..., bool] = False
+    """The result shares its first argument's storage; a function says for which arguments."""
     params: Mapping[str, int] = field(default_factory=dict)
     """Tunables of triton.py and their defaults, module constants there; empty without a kernel."""
     ranges: tuple[Range, ...] = ()
     """Ways of triton.py by tokens, fewest first; empty where there is one for all steps."""
-    scratch: Callable[..., tuple[Value, ...]] | None = None
-    """From the op's arguments, as `infer` has them, what it allocates besides its results."""
+    scratch: Mapping[str, Scratch] = field(default_factory=dict)
+    """By target, most bytes that a call allocates besides its results. Not named: none for kernels
+    of ours; for torch, what its operations are seen to allocate (codegen/meta.py)."""
+    kept: Mapping[str, Scratch] = field(default_factory=dict)
+    """By target, bytes that the first call leaves for later ones; ops that share them name the same
+    function."""
     searches: tuple[Search, ...] = ()
     """What medha-tune tries; a tunable in none of them keeps its default."""
     cases: tuple[Mapping[str, Any], ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from codegen.graph import Program
 from codegen.passes.buffers import plan_buffers
-from codegen.passes.fuse import fuse_gate, fuse_gate_up, fuse_projections
+from codegen.passes.fuse import fuse_all_reduce, fuse_gate, fuse_gate_up, fuse_projections
 from codegen.passes.kv import fuse_qkv_write, page_attention
 from codegen.passes.lower import lower
 from codegen.passes.rowwise import rowwise
@@ -23,6 +23,7 @@ PASSES: tuple[Callable[[Program, Plan], int], ...] = (
     fuse_gate_up,
     page_attention,
     fuse_qkv_write,
+    fuse_all_reduce,
     rowwise,
     lower,
     plan_buffers,

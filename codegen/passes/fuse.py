@@ -3,16 +3,17 @@
 Requires  shapes in node.meta (capture.py); before page_attention, so that only ops of the model
           stand between a projection and its users
 Ensures   no two linears read one value; no mul takes a silu of the same projection's other half; no
-          silu_mul takes a linear that nothing else reads. The numbers are those of the ops apart:
-          joined weights give the same dot products, and each fused reference is its parts in
-          sequence. Sums and norms are left to rowwise.py
+          silu_mul takes a linear that nothing else reads; no norm takes a sum with an all_reduce
+          that nothing else reads. The numbers are those of the ops apart: joined weights give the
+          same dot products, and each fused reference is its parts in sequence. Other sums and norms
+          are left to rowwise.py
 """
 
 import operator
 
 from torch import fx
 
-from codegen.graph import Program, call, calls, erase_unused, item, op_name
+from codegen.graph import Program, call, calls, erase_unused, item, op_name, placeholder
 from codegen.kernels.base import Value
 from plans.ops import Parameter
 from plans.plan import Plan
@@ -31,6 +32,11 @@ def fuse_gate(program: Program, plan: Plan) -> int:
 def fuse_gate_up(program: Program, plan: Plan) -> int:
     """silu_mul of a projection that nothing else reads becomes gate_up_silu."""
     return sum(_fuse_gate_up(graph) for graph in program.graphs)
+
+
+def fuse_all_reduce(program: Program, plan: Plan) -> int:
+    """rms_norm of a sum with an all_reduce becomes all_reduce_add_rms_norm."""
+    return sum(_fuse_all_reduce(graph) for graph in program.graphs)
 
 
 def _fuse_projections(graph: fx.Graph) -> int:
@@ -140,3 +146,51 @@ def _fuse_gate_up(graph: fx.Graph) -> int:
         matches += 1
     erase_unused(graph)
     return matches
+
+
+def _fuse_all_reduce(graph: fx.Graph) -> int:
+    matches = 0
+    for norm in calls(graph, "rms_norm"):
+        total = norm.args[0]
+        assert isinstance(total, fx.Node), "a norm takes a value"
+        terms = _reduced(total)
+        # what reads the sum would have to stand behind the one call that yields it
+        if terms is None or any(user < norm for user in total.users):
+            continue
+        _reduce_in(graph, norm, total, terms)
+        matches += 1
+    erase_unused(graph)
+    for node in calls(graph, "all_reduce"):
+        if all(user.meta.get("layer") is None for user in node.users):
+            node.meta["layer"] = None  # a stage's last sum: no other layer has one left
+    return matches
+
+
+def _reduce_in(
+    graph: fx.Graph, norm: fx.Node, total: fx.Node, terms: tuple[fx.Node, fx.Node]
+) -> None:
+    """Puts the one call in place of a norm and, for all who read it, of its sum."""
+    _, weight, eps = norm.args
+    op, name = "all_reduce_add_rms_norm", norm.meta["name"]
+    comm = placeholder(graph, "comm", Value(shape=(), dtype="comm"))
+    with graph.inserting_before(norm):
+        fused = call(graph, op, *terms, weight, eps, comm, like=norm, name=name)
+        normed = item(graph, fused, 0, name)
+        if len(total.users) > 1:
+            summed = item(graph, fused, 1, total.meta["name"])
+            total.replace_all_uses_with(summed, delete_user_cb=lambda user: user is not norm)
+    norm.replace_all_uses_with(normed)
+
+
+def _reduced(total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(what the ranks add up, what is added to their sum); None for any other value."""
+    if op_name(total) != "add":
+        return None
+    for reduced, residual in (total.args, total.args[::-1]):
+        assert isinstance(reduced, fx.Node), "add takes values"
+        assert isinstance(residual, fx.Node), "add takes values"
+        if op_name(reduced) == "all_reduce" and len(reduced.users) == 1 and reduced is not residual:
+            share = reduced.args[0]
+            assert isinstance(share, fx.Node), "all_reduce takes a value"
+            return share, residual
+    return None

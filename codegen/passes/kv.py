@@ -3,9 +3,9 @@
 Requires  stages cut and sharded
 Ensures   no attention is left; each layer writes its keys and values at slots_T and then reads its
           own pages; with kvp > 1 the groups' partial results are merged. Projection, norms,
-          rotation and write of a layer are one op where pages have the projection's type, and all
-          layers of a stage share its sines and cosines. On a step that holds whole sequences the
-          numbers are the same
+          rotation and write of a layer are one op where pages have the projection's type or are in
+          fp8, and all layers of a stage share its sines and cosines. On a step that holds whole
+          sequences the numbers are the same
 """
 
 import operator
@@ -91,14 +91,14 @@ def _fuse_qkv_write(graph: fx.Graph) -> int:
     for write in calls(graph, "kv_write"):
         k, v, *cache = write.args
         keys, values = _turned(k), _part(v)
-        if keys is None or values is None or len(cache) > 3:  # pages in fp8 have scales
+        if keys is None or values is None:
             continue
         queries = _queries(keys)
         if queries is None or values != (keys.projection, 2):
             continue
         pages = cache[0]
         assert isinstance(pages, fx.Node), "pages are placeholders"
-        if value_of(pages).dtype != value_of(keys.projection).dtype:
+        if value_of(pages).dtype not in {value_of(keys.projection).dtype, "fp8"}:
             continue
         angles = _rotary(graph, keys.turn)
         weights = keys.projection.args

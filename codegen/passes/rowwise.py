@@ -18,9 +18,11 @@ from torch import fx
 
 from codegen.graph import COLLECTIVES, Program, call, erase_unused, item, op_name, value_of
 from codegen.kernels import KERNELS
+from codegen.kernels.base import Value
 from codegen.rowwise import ROW_WISE, Builder, Region
 from codegen.rowwise_library import LIBRARY
 from codegen.rowwise_op import generated
+from codegen.rowwise_table import REDUCED, TABLE
 from plans.plan import Plan
 
 TILES_MAX = 12
@@ -37,9 +39,9 @@ def rowwise(program: Program, plan: Plan) -> int:
         ops.know(graph)
     matches = 0
     for graph in program.graphs:
-        found = _regions(graph)
+        found, numbers = _regions(graph), _numbers(graph)
         for members in found:
-            _replace(graph, members, ops)
+            _replace(graph, members, numbers, ops)
         erase_unused(graph)
         matches += len(found)
     return matches
@@ -52,7 +54,7 @@ class _Ops:
     by_key: dict[Any, str | Callable[..., Any]] = field(
         default_factory=lambda: {region.key: op for op, region in LIBRARY.items()}
     )
-    taken: set[str] = field(default_factory=lambda: {*KERNELS, *COLLECTIVES})
+    taken: set[str] = field(default_factory=lambda: {*KERNELS, *COLLECTIVES, *TABLE})
 
     def know(self, graph: fx.Graph) -> None:
         """Counts the generated ops that a graph has already."""
@@ -95,6 +97,11 @@ class _Columns:
         return self.base is other.base and not apart
 
 
+def _row_op(node: fx.Node) -> str | None:
+    """The op of the table that a node calls; one made for its arguments has a name of its own."""
+    return getattr(node.target, "primitive", None) or op_name(node)
+
+
 def _is_cut(node: fx.Node) -> bool:
     """Whether a node only tells where the columns of a value are."""
     if node.target is operator.getitem:
@@ -115,13 +122,29 @@ def _columns(node: fx.Node) -> _Columns:
 
 def _rows(node: fx.Node) -> list[fx.Node]:
     """Arguments of a row-wise op that have its rows; those of rms_norm are its first alone."""
-    count = 1 if op_name(node) == "rms_norm" else len(node.args)
-    return [each for each in node.args[:count] if isinstance(each, fx.Node)]
+    count = 1 if _row_op(node) in ("rms_norm", "cast") else len(node.args)
+    found = [each for each in node.args[:count] if isinstance(each, fx.Node)]
+    return [each for each in found if len(value_of(each).shape) > 1]
+
+
+def _numbers(graph: fx.Graph) -> set[fx.Node]:
+    """Values that are one number a row, and no rows of one column."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("value")
+        if not isinstance(value, Value) or len(value.shape) < 2 or value.shape[-1] != 1:
+            continue
+        args = _rows(node) if _row_op(node) in ROW_WISE else []
+        wider = any(_row_op(user) in TABLE and value_of(user).shape[-1] != 1 for user in node.users)
+        made = bool(args) and all(each in found for each in args)
+        if _row_op(node) in REDUCED or made or wider:
+            found.add(node)
+    return found
 
 
 def _takes(node: fx.Node) -> bool:
     """Whether a region may hold this call."""
-    if op_name(node) not in ROW_WISE:
+    if _row_op(node) not in ROW_WISE:
         return False
     values = [value_of(node), *map(value_of, _rows(node))]
     return all(
@@ -174,7 +197,7 @@ def _bits(mask: int) -> Iterator[int]:
 
 def _regions(graph: fx.Graph) -> list[list[fx.Node]]:
     """Members of each region, in the graph's order."""
-    nodes = list(graph.nodes)
+    nodes, numbers = list(graph.nodes), _numbers(graph)
     ours = [node for node in nodes if _takes(node)]
     read = {node: [_columns(each) for each in _rows(node)] for node in ours}
     readers: dict[fx.Node, list[fx.Node]] = {}
@@ -191,13 +214,18 @@ def _regions(graph: fx.Graph) -> list[list[fx.Node]]:
                 if reach.members[a] >> b & 1 or not reach.convex(a, b):
                     continue
                 both = [nodes[at] for at in _bits(reach.members[a] | reach.members[b])]
-                if _fits(both):
+                if _fits(both, numbers):
                     reach.join(a, b)
                     grown = True
     found: dict[int, list[fx.Node]] = {}
     for node in ours:
         found.setdefault(reach.members[reach.place[node]], []).append(node)
-    return [members for members in found.values() if len(members) > 1]
+    return [
+        members
+        for members in found.values()
+        if len(members) > 1
+        and any(each.kind == "row" for each in _built(members, numbers)[0].inputs)
+    ]
 
 
 def _partners(
@@ -216,8 +244,8 @@ def _partners(
                 yield other
 
 
-def _fits(members: list[fx.Node]) -> bool:
-    region = _built(members)[0]
+def _fits(members: list[fx.Node], numbers: set[fx.Node]) -> bool:
+    region = _built(members, numbers)[0]
     return region.tiles <= TILES_MAX and len(region.widths) <= CLASSES_MAX
 
 
@@ -232,7 +260,9 @@ def _read_outside(node: fx.Node, members: set[fx.Node]) -> bool:
     )
 
 
-def _built(members: list[fx.Node]) -> tuple[Region, list[Any], list[fx.Node]]:
+def _built(  # noqa: C901 - one place for all that a region needs
+    members: list[fx.Node], numbers: set[fx.Node]
+) -> tuple[Region, list[Any], list[fx.Node]]:
     """The region, the arguments of its call, and the nodes that its results replace."""
     rows = Builder()
     place: dict[Any, int] = {}
@@ -243,6 +273,8 @@ def _built(members: list[fx.Node]) -> tuple[Region, list[Any], list[fx.Node]]:
             args.append(arg)
             if kind == "scalar":
                 place[arg] = rows.scalar()
+            elif kind == "number":
+                place[arg] = rows.number()
             else:
                 width = _columns(arg).width
                 place[arg] = rows.row(width) if kind == "row" else rows.vector(width)
@@ -258,13 +290,17 @@ def _built(members: list[fx.Node]) -> tuple[Region, list[Any], list[fx.Node]]:
             place[cut] = rows.cut(base, found.first, found.width)
         return place[cut]
 
+    def operand(arg: Any) -> int:
+        if not isinstance(arg, fx.Node):
+            return argument(arg, "scalar")
+        if len(value_of(arg).shape) == 1:
+            return argument(arg, "vector")
+        return argument(arg, "number") if arg in numbers else columns(arg)
+
     for node in members:
-        op = op_name(node)
+        op = _row_op(node)
         assert op is not None, f"{node} calls nothing"
-        own = [columns(each) for each in _rows(node)]
-        if op == "rms_norm":
-            _, weight, eps = node.args
-            own += [argument(weight, "vector"), argument(eps, "scalar")]
+        own = [operand(each) for each in node.args]
         place[node] = rows.step(op, *own)
     inside = set(members)
     leaving = [node for node in members if _read_outside(node, inside)]
@@ -272,9 +308,9 @@ def _built(members: list[fx.Node]) -> tuple[Region, list[Any], list[fx.Node]]:
     return region, args, leaving[::-1]  # results come latest first
 
 
-def _replace(graph: fx.Graph, members: list[fx.Node], ops: _Ops) -> None:
+def _replace(graph: fx.Graph, members: list[fx.Node], numbers: set[fx.Node], ops: _Ops) -> None:
     """Puts the call behind the last member, and what read a result earlier behind the call."""
-    region, args, leaving = _built(members)
+    region, args, leaving = _built(members, numbers)
     inside = set(members)
     order = [node for node in graph.nodes if node in inside]
     first, last = order[0], order[-1]

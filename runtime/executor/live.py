@@ -29,27 +29,31 @@ from plans.errors import BundleMismatch
 from plans.mesh import coordinates
 from plans.plan import Plan
 from runtime.clock import Clock
+from runtime.executor.ahead import Ahead
 from runtime.executor.base import Chunk, Ints, NewPages, Step, StepResult
 from runtime.parallel.pieces import StepGraphs
-from runtime.parallel.rank import NOTHING_DRAWN, Alone, Drawn, OnLogits, Rank
+from runtime.parallel.rank import (
+    NOTHING_DRAWN,
+    WARM_UP_SAMPLING,
+    Alone,
+    Drawn,
+    OnLogits,
+    Rank,
+    warm_up_sizes,
+)
 from runtime.parallel.recorder import CudaRecorder, Recorder
 from runtime.parallel.resident import Residents
 from runtime.parallel.stopwatch import Mark, Stopwatch
 from runtime.parallel.table import Row
 from runtime.program import StageProgram
 from runtime.sampling_params import SamplingParams
-from runtime.scheduler.loads import GroupLoads
 
 WARM_UP_CHUNKS = (32, 8)
-WARM_UP_CHUNKS_GPU = (8192, 1024, 256, 64, 8)
-"""Chunks that run before time counts: kernels compile by their form, libraries load by size."""
+"""Chunks that run before time counts; on a GPU those of warm_up_sizes."""
 BESIDE_TOKENS = 64
 """Of a chunk beside a decode, then."""
 POLL_S = 5e-5
 """Between two looks at what the device is at."""
-SURE_SHARE = 0.85
-"""Share of a step's expected time in which it certainly does not end."""
-LEARNING_RATE = 0.2
 
 
 def device_for(plan: Plan) -> torch.device:
@@ -83,8 +87,6 @@ class _Flying:
     drawn: Drawn
     started: Mark
     ended: Mark
-    predicted_s: float
-    """By the plan's formula."""
 
 
 class LiveExecutor:
@@ -136,12 +138,7 @@ class LiveExecutor:
                 )
         self._random: set[int] = set()
         """Requests that are not greedy."""
-        self._began_s = 0.0
-        """When the oldest step under way began to run."""
-        self._ratio = 0.0
-        """Measured over predicted time of steps with chunks, as learnt so far."""
-        self._lead_s = 0.0
-        """What launching such a step takes the host."""
+        self._ahead = Ahead(plan)
 
     def add_request(self, number: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
         """Makes a request known, before the first step that holds a piece of it."""
@@ -158,8 +155,8 @@ class LiveExecutor:
 
         Call before the first step: it writes pages that no request holds yet.
         """
-        sizes = WARM_UP_CHUNKS_GPU if self._rank.device.type == "cuda" else WARM_UP_CHUNKS
-        for size in sizes:
+        on_gpu = self._rank.device.type == "cuda"
+        for size in warm_up_sizes(self._most_warm()) if on_gpu else WARM_UP_CHUNKS:
             tokens = self._warm_chunk(-1, size, first_page=0)
             if tokens:
                 self._run_now(_step(decodes={-1: tokens}))
@@ -177,11 +174,10 @@ class LiveExecutor:
     ) -> int:
         """Runs a prompt of nobody on its pages, beside decodes; its tokens, fewer if need be."""
         kv = self._plan.kv
-        room = min((kv.pages_per_rank - first_page) * kv.page_tokens, kv.tokens_per_kvp_shard)
-        tokens = min(tokens, self._plan.scheduler.max_step_tokens - 2, room - 3)
+        tokens = min(tokens, self._most_warm(first_page))
         if tokens < 1:
             return 0
-        self.add_request(number, [0] * tokens, SamplingParams())
+        self.add_request(number, [0] * tokens, WARM_UP_SAMPLING)
         pages = range(first_page, first_page + (tokens + 1) // kv.page_tokens + 1)
         self._run_now(
             _step(
@@ -192,21 +188,24 @@ class LiveExecutor:
         )
         return tokens
 
+    def _most_warm(self, first_page: int = 0) -> int:
+        """Tokens that a step for nobody may have on the pages from this one on."""
+        kv = self._plan.kv
+        room = min((kv.pages_per_rank - first_page) * kv.page_tokens, kv.tokens_per_kvp_shard)
+        return min(self._plan.scheduler.max_step_tokens - 2, room - 3)
+
     def _run_now(self, step: Step) -> None:
         with self._rank.explained("a first step"):
             self._launch(step)
         self._rank.synchronise()
         self._collect()
-        self._ratio = self._lead_s = 0.0
+        self._ahead.forget()
 
     def can_submit(self) -> bool:
         """Whether nothing is under way, or one step that may soon end."""
-        if not self._flying:
-            return True
-        if not self.feeds_back or len(self._flying) > 1:
-            return False
-        expected_s = SURE_SHARE * min(self._ratio, 1.0) * self._flying[0].predicted_s
-        return self._clock.now_s() >= self._began_s + expected_s - self._lead_s
+        if not self._flying or not self.feeds_back:
+            return not self._flying
+        return self._clock.now_s() >= self._ahead.takes_at_s()
 
     def in_flight(self) -> int:
         """Steps launched and not yet collected."""
@@ -214,14 +213,8 @@ class LiveExecutor:
 
     def submit(self, step: Step) -> None:
         """Launches a step; on a CPU, runs it to its end."""
-        began_s = self._clock.now_s()
-        if not self._flying:
-            self._began_s = began_s
         with self._rank.explained(f"step {step.step_id} of {step.tokens} tokens"):
             self._launch(step)
-        if step.chunks:
-            lead_s = self._clock.now_s() - began_s
-            self._lead_s += LEARNING_RATE * (lead_s - self._lead_s)
 
     def wait(self, *, until_s: float | None) -> list[StepResult]:
         """Waits until a step has ended, another is taken, or until_s; results in order."""
@@ -243,6 +236,7 @@ class LiveExecutor:
     # --- one step -------------------------------------------------------------------------------
 
     def _launch(self, step: Step) -> None:
+        began_s = self._clock.now_s()
         table = self._rank.table
         table.apply(step)
         self._random.difference_update(step.ended)
@@ -252,19 +246,10 @@ class LiveExecutor:
             self._residents.write()
             drawn = self._drawn(step)
         table.expect(drawn.numbers)
-        loads = GroupLoads(
-            self._plan.step_time, groups=1, shard_tokens=self._plan.kv.tokens_per_kvp_shard
-        )
-        loads.add_step(step)
         self._flying.append(
-            _Flying(
-                step=step,
-                drawn=drawn,
-                started=started,
-                ended=self._watch.mark(),
-                predicted_s=loads.seconds() if step.chunks else 0.0,
-            )
+            _Flying(step=step, drawn=drawn, started=started, ended=self._watch.mark())
         )
+        self._ahead.launched(step, began_s=began_s, now_s=self._clock.now_s())
 
     def _drawn(self, step: Step) -> Drawn:
         """Launches the program and what follows it."""
@@ -306,13 +291,9 @@ class LiveExecutor:
         seconds = self._watch.seconds(flying.started, flying.ended)
         tokens = flying.drawn.tokens()
         self._rank.table.append(tokens.items())
-        if flying.predicted_s:
-            ratio = seconds / flying.predicted_s
-            self._ratio += LEARNING_RATE * (ratio - self._ratio)
-        self._began_s = self._clock.now_s()
-        return StepResult(
-            step=flying.step, tokens=tokens, stage_s=(seconds,), finished_s=self._began_s
-        )
+        now_s = self._clock.now_s()
+        self._ahead.collected(seconds, now_s)
+        return StepResult(step=flying.step, tokens=tokens, stage_s=(seconds,), finished_s=now_s)
 
 
 def _step(

@@ -15,6 +15,7 @@ from plans.codec import content_hash
 from plans.errors import BundleMismatch, MedhaError
 from plans.plan import Plan
 from runtime.parallel import wire
+from runtime.parallel.graphs import warn_unrecorded
 from runtime.parallel.watch import Process, Watch
 
 JOIN_S = 120.0
@@ -47,6 +48,8 @@ class Workers:
         self._runs = 0
         self.failed = False
         """Whether a rank has failed."""
+        self.graphs = 0
+        """Sizes of decode steps that every rank has recorded."""
         self.dropped = 0
         """Messages that were not of a rank of this replica, or could not be read."""
 
@@ -57,11 +60,14 @@ class Workers:
 
     # --- life ---------------------------------------------------------------------------------
 
-    def join(self, processes: Mapping[int, Process], *, seed: int | None) -> None:
+    def join(
+        self, processes: Mapping[int, Process], *, seed: int | None, graphs: bool = True
+    ) -> None:
         """Compares all ranks with the plan, lets them load, and waits until they are ready.
 
         processes  those that this process started, by rank in the replica
         seed       of random weights, None where they come from a folder
+        graphs     let them record decode steps where the program allows it
         errors     BundleMismatch where ranks differ, before anything is loaded; MedhaError where
                    one does not come or fails
         """
@@ -76,15 +82,18 @@ class Workers:
                     self._watch.place(message)
             self._in_time(until_s, hellos, f"did not join within {JOIN_S:g} s")
         self._compare(hellos, seed)
-        self._broadcast(wire.Welcome())
-        ready: set[int] = set()
+        self._broadcast(wire.Welcome(graphs))
+        ready: dict[int, wire.Ready] = {}
         until_s = time.monotonic() + LOAD_S
         while len(ready) < len(self._ranks):
             words = [each for each in self.poll(LOOK_S) if isinstance(each, wire.Ready)]
-            ready |= {each.rank for each in words}
+            ready |= {each.rank: each for each in words}
             self._in_time(until_s, ready, f"did not finish loading within {LOAD_S:g} s")
         for rank in ready:
             self._watch.ready(rank)
+        self.graphs = min(each.graphs for each in ready.values())
+        if ready[0].problem:  # all say the same
+            warn_unrecorded("decode steps", MedhaError(ready[0].problem))
 
     def _in_time(self, until_s: float, found: Collection[int], problem: str) -> None:
         missing = [rank for rank in self._ranks if rank not in found]
@@ -114,18 +123,23 @@ class Workers:
                 f"{text}\ngive every node the same bundle, flags and versions, and start again"
             )
 
-    def open(self, bundle: str, plan: Plan, weights: str, seed: int) -> None:
+    def open(
+        self, bundle: str, plan: Plan, weights: str, seed: int, *, graphs: bool = True
+    ) -> None:
         """Changes all ranks to another bundle of the same mesh; nothing may be in flight."""
         if plan.parallelism != self._plan.parallelism:
             raise BundleMismatch(f"{bundle}: its mesh is {plan.parallelism}, not the workers'")
         self._plan = plan
         self._broadcast(wire.Open(bundle, weights, seed))
-        self.join(self._processes, seed=seed if weights == "random" else None)
+        self.join(self._processes, seed=seed if weights == "random" else None, graphs=graphs)
 
-    def start(self) -> int:
-        """Lets all ranks forget all requests; nothing may be in flight. The number of the run."""
+    def start(self, *, graphs: bool = True) -> int:
+        """Lets all ranks forget all requests; nothing may be in flight. The number of the run.
+
+        graphs  run decode steps by graph where they are recorded
+        """
         self._runs += 1
-        self._broadcast(wire.Start(self._runs))
+        self._broadcast(wire.Start(self._runs, graphs))
         started: set[int] = set()
         while len(started) < len(self._ranks):
             words = [each for each in self.poll(LOOK_S) if isinstance(each, wire.Started)]

@@ -57,8 +57,11 @@ class ParallelExecutor:
     feeds_back = False
     """Tokens travel to the first stage with the next step."""
 
-    def __init__(self, plan: Plan, workers: Workers, clock: Clock) -> None:
-        """Starts from empty tables on all ranks."""
+    def __init__(self, plan: Plan, workers: Workers, clock: Clock, *, graphs: bool = True) -> None:
+        """Starts from empty tables on all ranks.
+
+        graphs  run decode steps by graph where the ranks have recorded them
+        """
         self.stages = [StageTimes() for _ in range(plan.parallelism.spp)]
         """What the stages have spent so far."""
         self._plan = plan
@@ -71,7 +74,7 @@ class ParallelExecutor:
         self._sampled: list[tuple[int, int]] = []
         self._stage_s = [0.0 for _ in self.stages]
         """Newest time of each stage, for a step whose earlier stage has not yet spoken."""
-        self._run = workers.start()
+        self._run = workers.start(graphs=graphs)
 
     def add_request(self, number: int, prompt: Sequence[int], sampling: SamplingParams) -> None:
         """Makes a request known, before the first step that holds a piece of it."""

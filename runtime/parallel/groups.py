@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from plans.mesh import Coordinates, Parallelism, axis_ranks, coordinates
-from runtime.parallel.kvp import Exchange
+from runtime.parallel.kvp import Merges
+from runtime.parallel.peers import SharedMemory, share
 from runtime.parallel.progress import COMPUTES, WAITS, Progress
 
 
@@ -84,10 +85,11 @@ class RankComm:
         """Set `exchange` before each step."""
         self._groups = groups
         self._progress = progress
-        self.exchange: Exchange | None = None
+        self.exchange: Merges | None = None
         """What the step shares with other kvp groups; None for nothing."""
         self.merge_s = 0.0
         """Host seconds in merges since it was last set to 0."""
+        self._peers: dict[tuple[int, int], SharedMemory | None] = {}
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the tp ranks, in place: the program uses the sum alone."""
@@ -112,6 +114,23 @@ class RankComm:
         dist.all_gather(parts, x.contiguous(), group=group)
         self._progress.enter(COMPUTES)
         return torch.cat(parts, dim=-1)
+
+    def peers(self, slots: int, slot_bytes: int) -> SharedMemory | None:
+        """Memory that the tp ranks' kernels share; None where theirs are no GPUs that can.
+
+        Made at the first call with these sizes, which all tp ranks make, as warming up does.
+        """
+        key, group = (slots, slot_bytes), self._groups.tp
+        if key in self._peers:
+            return self._peers[key]
+        if group is None or dist.get_backend(group) != "nccl":
+            return self._peers.setdefault(key, None)
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        self._progress.enter(f"{WAITS} for the tp ranks to share memory")
+        self._peers[key] = share(group, slots, slot_bytes)
+        self._progress.enter(COMPUTES)
+        return self._peers[key]
 
     def vocab_offset(self, share: int) -> int:
         """First vocabulary row of this rank."""

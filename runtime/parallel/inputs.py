@@ -20,8 +20,9 @@ from plans.errors import MedhaError
 from plans.mesh import Coordinates
 from plans.ops import HostInputs
 from plans.plan import Plan
+from runtime.executor.base import Ints
 from runtime.parallel.table import Row, newest_shard
-from runtime.parallel.transfers import to_device
+from runtime.parallel.transfers import Array, to_device
 from runtime.weights import TORCH_DTYPE
 
 
@@ -39,6 +40,7 @@ class PackedInputs:
     sample_rows_R: Tensor
     host: HostInputs | None = None
     recorded: bool = False
+    results: tuple[Tensor, ...] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -76,8 +78,23 @@ def sampled_rows(plan: Plan, rows: Sequence[Row], group: int) -> list[Row]:
     ]
 
 
-def pack(plan: Plan, rows: Sequence[Row], group: int, device: torch.device) -> PackedInputs:
-    """Packs a group's rows, in their order; built in numpy and sent in one copy.
+@dataclass(frozen=True, kw_only=True)
+class PackedNumbers:
+    """The numbers of a group's rows on the host, int64; letters as of the tensors."""
+
+    token_ids_T: Ints
+    positions_T: Ints
+    slots_T: Ints
+    starts_B1: Ints
+    kv_lens_B: Ints
+    table_BP: Ints
+    rows_R: Ints
+    writes_B: Array
+    """bool, whether a sequence's keys are written here."""
+
+
+def packed(plan: Plan, rows: Sequence[Row], group: int) -> PackedNumbers:
+    """The numbers of a group's rows, in their order.
 
     rows  of the group (rows_of_group), at least one
     """
@@ -101,16 +118,33 @@ def pack(plan: Plan, rows: Sequence[Row], group: int, device: torch.device) -> P
     slots = table[sequence, inside // page_tokens] * page_tokens + inside % page_tokens
     slots[~writes[sequence]] = -1
     samples = [row.samples and bool(own) for row, own in zip(rows, writes, strict=True)]
+    return PackedNumbers(
+        token_ids_T=np.array(ids, dtype=np.int64),
+        positions_T=positions,
+        slots_T=slots,
+        starts_B1=starts,
+        kv_lens_B=kv_lens,
+        table_BP=table,
+        rows_R=starts[1:][samples] - 1,
+        writes_B=writes,
+    )
 
+
+def pack(plan: Plan, rows: Sequence[Row], group: int, device: torch.device) -> PackedInputs:
+    """Packs a group's rows, in their order; built in numpy and sent in one copy.
+
+    rows  of the group (rows_of_group), at least one
+    """
+    numbers = packed(plan, rows, group)
     token_ids_T, positions_T, slots_T, starts_B1, kv_lens_B, table_BP, rows_R = to_device(
         [
-            np.array(ids, dtype=np.int64),
-            positions,
-            slots,
-            starts.astype(np.int32),
-            kv_lens.astype(np.int32),
-            table.astype(np.int32),
-            starts[1:][samples] - 1,
+            numbers.token_ids_T,
+            numbers.positions_T,
+            numbers.slots_T,
+            numbers.starts_B1.astype(np.int32),
+            numbers.kv_lens_B.astype(np.int32),
+            numbers.table_BP.astype(np.int32),
+            numbers.rows_R,
         ],
         device,
     )
@@ -124,9 +158,9 @@ def pack(plan: Plan, rows: Sequence[Row], group: int, device: torch.device) -> P
         page_table_BP=table_BP,
         sample_rows_R=rows_R,
         host=HostInputs(
-            query_starts=tuple(starts.tolist()),
-            kv_lens=tuple(kv_lens.tolist()),
-            causal=tuple(writes.tolist()),
+            query_starts=tuple(numbers.starts_B1.tolist()),
+            kv_lens=tuple(numbers.kv_lens_B.tolist()),
+            causal=tuple(numbers.writes_B.tolist()),
         ),
     )
 

@@ -14,6 +14,7 @@ T tokens of the step, S shared ones of them, N query heads, H head size, G kvp g
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from plans.plan import Plan
 from runtime.parallel.table import Row, row_groups
 from runtime.parallel.transfers import to_device
+from runtime.program import Exchanger
 
 LSE_BYTES = 4
 OWN, ABSENT = -2, -1
@@ -45,12 +47,6 @@ def merge_shards(out_GTNH: Tensor, lse_GTN: Tensor) -> Tensor:
     return (out_TNH / total_TN.clamp_min(1.0)[..., None]).to(out_GTNH.dtype)
 
 
-def has_kernels(out_TNH: Tensor) -> bool:
-    """Whether merging.py is made for such heads: Triton's tiles are powers of two."""
-    head_dim = out_TNH.shape[-1]
-    return out_TNH.is_cuda and head_dim & (head_dim - 1) == 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Peer:
     """Another group with which a step shares rows."""
@@ -59,6 +55,18 @@ class Peer:
     rank: int
     shared_S: Tensor
     """int64, places of the common tokens among this group's shared ones."""
+
+
+class Merges(Protocol):
+    """What stands for the exchange of a step."""
+
+    def peer_names(self) -> str:
+        """Groups that this one waits for, for messages."""
+        ...
+
+    def merge(self, out_TNH: Tensor, lse_TN: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """The attention of the step's rows over all groups."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +81,13 @@ class Exchange:
     """By group."""
     rows_E: Tensor
     """int64, row of T of each shared token, once a peer, peer behind peer; with the next two for
-    the kernels of merging.py."""
+    the kernels alone."""
     places_3E: Tensor
-    """int32, as pack_shares takes it."""
+    """int32: entries of the peers before its own, of its own, and its place among them."""
     shares_GS: Tensor
-    """int32, as merge_shares takes it."""
+    """int32, the entry that holds a group's share of a token; OWN or ABSENT."""
+    kernels: Exchanger | None = None
+    """Those of the program, which pack and merge on a GPU instead of some thirty operations."""
 
     def peer_names(self) -> str:
         """Groups that this one waits for, for messages."""
@@ -86,10 +96,12 @@ class Exchange:
     def merge(self, out_TNH: Tensor, lse_TN: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Sends and receives packed (out, lse) and merges; other rows stay as they are.
 
-        On a GPU the rows are merged in place, where heads are what its kernels take.
+        On a GPU the rows are merged in place, where the program has kernels for it.
         """
-        if has_kernels(out_TNH):
-            return self._merge_in_place(out_TNH.contiguous(), lse_TN.contiguous(), group)
+        if self.kernels is not None and out_TNH.is_cuda:
+            return self._merge_in_place(
+                self.kernels, out_TNH.contiguous(), lse_TN.contiguous(), group
+            )
         out_SNH, lse_SN = out_TNH[self.rows_S], lse_TN[self.rows_S]
         packed = pack_partial(out_SNH, lse_SN)
         sent = [packed[peer.shared_S] for peer in self.peers]
@@ -106,15 +118,16 @@ class Exchange:
         merged_TNH[self.rows_S] = merge_shards(out_GSNH, lse_GSN)
         return merged_TNH
 
-    def _merge_in_place(self, out_TNH: Tensor, lse_TN: Tensor, group: dist.ProcessGroup) -> Tensor:
-        from runtime.parallel.merging import merge_shares, pack_shares  # noqa: PLC0415 - a GPU's
-
-        sent = pack_shares(out_TNH, lse_TN, self.rows_E, self.places_3E)
+    def _merge_in_place(
+        self, kernels: Exchanger, out_TNH: Tensor, lse_TN: Tensor, group: dist.ProcessGroup
+    ) -> Tensor:
+        pack, merge = kernels
+        sent = pack(out_TNH, lse_TN, self.rows_E, self.places_3E)
         received = torch.empty_like(sent)
         token_bytes = len(sent) // len(self.rows_E)
         sizes = [len(peer.shared_S) * token_bytes for peer in self.peers]
         self._swap(torch.split(sent, sizes), torch.split(received, sizes), group)
-        merge_shares(out_TNH, lse_TN, self.rows_S, self.shares_GS, self.places_3E, received)
+        merge(out_TNH, lse_TN, self.rows_S, self.shares_GS, self.places_3E, received)
         return out_TNH
 
     def _swap(
@@ -131,12 +144,19 @@ class Exchange:
 
 
 def exchange_of(
-    plan: Plan, rows: Sequence[Row], group: int, ranks: Sequence[int], device: torch.device
+    plan: Plan,
+    rows: Sequence[Row],
+    group: int,
+    ranks: Sequence[int],
+    device: torch.device,
+    *,
+    kernels: Exchanger | None = None,
 ) -> Exchange | None:
     """The exchange of a group's rows; None where no other group works on any.
 
-    rows   of the group, in the order of the step
-    ranks  of the kvp axis, by group
+    rows     of the group, in the order of the step
+    ranks    of the kvp axis, by group
+    kernels  of the program, if it has any
     """
     shared: list[int] = []
     common: dict[int, list[int]] = {}
@@ -174,6 +194,7 @@ def exchange_of(
         rows_E=rows_E,
         places_3E=places_3E,
         shares_GS=shares_GS,
+        kernels=kernels,
         peers=tuple(
             Peer(group=other, rank=ranks[other], shared_S=tensor)
             for other, tensor in zip(others, shared_S, strict=True)

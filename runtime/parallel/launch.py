@@ -110,11 +110,19 @@ def check_launch(plan: Plan, place: Torchrun | None) -> None:
 
 @contextmanager
 def running_workers(
-    bundle: str, plan: Plan, weights: str, seed: int, place: Torchrun | None
+    bundle: str,
+    plan: Plan,
+    weights: str,
+    seed: int,
+    place: Torchrun | None,
+    *,
+    graphs: bool = True,
 ) -> Iterator[list[Workers]]:
     """All ranks of a plan, loaded and ready, by replica; ended, or killed, when the block ends.
 
     Call in the driver: check_launch has passed, and under torchrun the rank is 0.
+
+    graphs  let all ranks record decode steps where the program allows it
     """
     mesh = plan.parallelism
     store, port = open_store(place)
@@ -148,7 +156,7 @@ def running_workers(
                 )
                 processes[replica][rank] = start_worker(setup)
             for workers, own in zip(replicas, processes, strict=True):
-                workers.join(own, seed=seed if weights == RANDOM else None)
+                workers.join(own, seed=seed if weights == RANDOM else None, graphs=graphs)
             yield replicas
         finally:
             for workers in replicas:

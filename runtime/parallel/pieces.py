@@ -4,7 +4,8 @@ What attention launches follows the lengths of a step; all other launches follow
 tokens alone. So for each of some numbers of tokens the program is recorded in pieces, which end
 where such an op stands; a step takes the least that holds it. Between two pieces the op runs as it
 does without graphs, on the tokens that the step really has: its arguments stand in buffers that
-every size shares, and its results are copied to where the next piece reads them.
+every size shares, and its results in others, from which the next piece reads them. An op that does
+not write there itself has them copied.
 
 The last piece ends where sampled rows are selected. What follows depends on their number alone and
 is recorded once for each of a few; a step that samples nothing leaves it out.
@@ -66,15 +67,33 @@ class _Call:
     inputs_at: int
     results: _Results
 
-    def run(self, inputs: PackedInputs, tokens: int) -> None:
+    def run(self, inputs: PackedInputs, views: "_Views") -> None:
         """Runs the op on the step's tokens."""
         arguments = list(self.arguments)
         for at in self.buffers_at:
-            arguments[at] = arguments[at][:tokens]
+            arguments[at] = views[arguments[at]]
         arguments[self.inputs_at] = inputs
+        inputs.results = tuple(views[each] for each in self.results.buffers)
         found = _listed(self.op(*arguments))
         for at in self.results.read:
-            self.results.buffers[at][:tokens].copy_(found[at])
+            if found[at] is not inputs.results[at]:
+                inputs.results[at].copy_(found[at])
+
+
+class _Views(dict[Tensor, Tensor]):
+    """Of each buffer what a step's tokens take; all layers of a step share the few that there are.
+
+    Tensors are equal by identity, as keys.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def __missing__(self, buffer: Tensor) -> Tensor:
+        """The first tokens of a buffer."""
+        self[buffer] = view = buffer[: self._tokens]
+        return view
 
 
 @dataclass(kw_only=True)
@@ -121,6 +140,8 @@ class StepPieces:
         )
         """Sampled rows and their places, then known tokens, positions and places of the tokens."""
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
+        self._parts: dict[tuple[str, str, int, int], Tensor] = {}
+        """Of them, by number of tokens."""
         self._recorded: dict[int, _Recorded] = {}
         self._tails: dict[int, Replay] = {}
 
@@ -138,7 +159,8 @@ class StepPieces:
                 for rows in self._tail_sizes[1:]:  # the same pieces again; only the tail is new
                     self._record(self._sizes[0], rows)
         except Exception as error:  # noqa: BLE001 - of torch, of Triton, of a library
-            for made in (self._recorded, self._tails, self._buffers):  # they hold memory
+            # they hold memory
+            for made in (self._recorded, self._tails, self._buffers, self._parts):
                 made.clear()
             warn_unrecorded("steps with chunks", error)
 
@@ -167,10 +189,10 @@ class StepPieces:
             numbers[first : first + tokens] = values
         overwrite(self._numbers, numbers)
         inputs = self._inputs(size, step, places)
-        recorded = self._recorded[size]
+        recorded, views = self._recorded[size], _Views(tokens)
         for piece, call in zip(recorded.pieces, recorded.calls, strict=False):
             piece()
-            call.run(inputs, tokens)
+            call.run(inputs, views)
         recorded.pieces[-1]()
         if count:
             self._tails[next(each for each in self._tail_sizes if each >= count)]()
@@ -259,7 +281,10 @@ class StepPieces:
             return self._buffers[key]
         if key not in self._buffers:  # the largest size comes first
             self._buffers[key] = torch.zeros_like(like, memory_format=torch.contiguous_format)
-        return self._buffers[key][: len(like)]
+        part = (*key, len(like))
+        if part not in self._parts:  # one object, by which layers know that they share it
+            self._parts[part] = self._buffers[key][: len(like)]
+        return self._parts[part]
 
     def outlives_steps(self, tensor: Tensor) -> bool:
         """Whether a tensor needs no buffer."""

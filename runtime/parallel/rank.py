@@ -16,6 +16,7 @@ from plans.mesh import Coordinates
 from plans.ops import Comm
 from plans.plan import Plan
 from runtime.parallel.inputs import PackedInputs, pack, page_pool, rows_of_group, sampled_rows
+from runtime.parallel.kvp import Exchange, exchange_of
 from runtime.parallel.table import RequestTable, Row, State
 from runtime.parallel.transfers import to_host
 from runtime.program import StageProgram
@@ -23,6 +24,29 @@ from runtime.sampling import checked, draw
 from runtime.sampling_params import SamplingParams
 
 WARM_UP_TOKENS = 32
+WARM_UP_TOKENS_GPU = 8192
+"""A GPU's largest: beyond, no kernel and no library changes its form."""
+WARM_UP_SAMPLING = SamplingParams(temperature=1.0, top_k=8, top_p=0.9)
+"""Runs whatever a draw may need: kernels compile and load when they first run."""
+
+
+def warm_up_sizes(most: int) -> list[int]:
+    """Tokens of steps that together take every form of every kernel, the largest first.
+
+    Forms change at powers of two of the rows, which are tokens or a number of heads for each, and
+    where 16 divides the rows: so of each power of two there is an even and an odd number. Libraries
+    load by size, too. tests/runtime/parallel/test_warm_up.py holds kernels to it.
+
+    most  of a step, at least 1
+    """
+    found = set()
+    power = 1
+    while power < 2 * most and power <= WARM_UP_TOKENS_GPU:
+        top = min(power, most)
+        found |= {top, top - 1, max(top // 16 * 16, 1)}
+        power *= 2
+    return sorted(found - {0}, reverse=True)
+
 
 OnLogits = Callable[[int, int, Tensor], None]
 """Called with (request, tokens generated before, logits_V) for each sampled row."""
@@ -38,6 +62,9 @@ class Alone:
     def all_gather(self, x: Tensor) -> Tensor:
         """The join of one share."""
         return x
+
+    def peers(self, slots: int, slot_bytes: int) -> None:
+        """There are none."""
 
     def vocab_offset(self, share: int) -> int:
         """One rank holds the vocabulary from its first row."""
@@ -115,6 +142,11 @@ class Rank:
         """Tensors of this rank's rows, but for the hidden states."""
         return pack(self.plan, rows, self.place.group, self.device)
 
+    def exchange(self, rows: Sequence[Row], ranks: Sequence[int]) -> Exchange | None:
+        """What its rows share with the other ranks of its kvp axis; None for nothing."""
+        group, kernels = self.place.group, self._program.exchange
+        return exchange_of(self.plan, rows, group, ranks, self.device, kernels=kernels)
+
     def forward(self, inputs: PackedInputs) -> Tensor:
         """Runs the stage: hidden_TD, or logits_RV on the last one."""
         out: Tensor = self._program.forward(self._weights, inputs, self.cache, self._comm)
@@ -130,16 +162,25 @@ class Rank:
         if on_logits is not None:
             for row, position, logits_V in zip(sampled, positions, logits_RV, strict=True):
                 on_logits(row.number, position, logits_V)
-        drawn_2R = draw(logits_RV, [row.state.sampling for row in sampled], positions)
+        params = [row.state.sampling for row in sampled]
+        drawn_2R = draw(logits_RV, params, positions, self._program.sample)
         return Drawn([row.number for row in sampled], drawn_2R)
 
     def warm_up_rows(self) -> list[list[Row]]:
-        """A chunk and a decode for nobody in every group, on pages that no request holds yet."""
+        """Chunks and a decode for nobody in every group, on pages that no request holds yet."""
         kv = self.plan.kv
-        # the decode stays in shard 0: other groups know nothing of it and would not answer
-        tokens = min(WARM_UP_TOKENS, kv.page_tokens, kv.tokens_per_kvp_shard - 1)
-        state = State(tokens=[0] * (tokens + 1), prompt_tokens=1, sampling=SamplingParams())
-        state.grow(0, (0, self.plan.kv.pages_per_rank - 1))
+        # all stay in shard 0: other groups know nothing of them and would not answer
+        most = min(
+            kv.tokens_per_kvp_shard - 1,
+            kv.pages_per_rank * kv.page_tokens - 1,
+            self.plan.scheduler.max_step_tokens,
+        )
+        on_gpu = self.device.type == "cuda"
+        sizes = warm_up_sizes(most) if on_gpu else [min(WARM_UP_TOKENS, most)]
+        tokens = max(sizes)
+        state = State(tokens=[0] * (tokens + 1), prompt_tokens=1, sampling=WARM_UP_SAMPLING)
+        state.grow(0, tuple(range(-(-(tokens + 1) // kv.page_tokens))))
+        spans = [*((0, size) for size in sizes), (tokens, 1)]
         return [
             [
                 Row(
@@ -151,7 +192,7 @@ class Rank:
                     samples=True,
                 )
             ]
-            for prefix, count in ((0, tokens), (tokens, 1))
+            for prefix, count in spans
         ]
 
     def synchronise(self) -> None:

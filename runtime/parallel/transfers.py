@@ -20,22 +20,23 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     """The arrays as tensors of the device, sent in one copy; do not change them afterwards."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(each)) for each in arrays]
+    arrays = [np.ascontiguousarray(each) for each in arrays]
+    tensors = [torch.from_numpy(each) for each in arrays]
     if device.type == "cpu":
         return tensors
     starts, end = [], 0
-    for tensor in tensors:
+    for array in arrays:
         starts.append(end)
-        end += -(-tensor.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
+        end += -(-array.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
     host = torch.empty(end, dtype=torch.uint8, pin_memory=True)
-    parts = [
-        (slice(start, start + tensor.nbytes), tensor)
+    numbers = host.numpy()
+    for start, array in zip(starts, arrays, strict=True):
+        numbers[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    sent = host.to(device, non_blocking=True)
+    return [
+        sent[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for start, tensor in zip(starts, tensors, strict=True)
     ]
-    for part, tensor in parts:
-        host[part].view(tensor.dtype).copy_(tensor.view(-1))
-    sent = host.to(device, non_blocking=True)
-    return [sent[part].view(tensor.dtype).view(tensor.shape) for part, tensor in parts]
 
 
 def to_host(tensor: Tensor) -> Tensor:

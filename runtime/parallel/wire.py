@@ -40,6 +40,9 @@ class Hello(Struct, frozen=True, array_like=True, tag=1):
 class Welcome(Struct, frozen=True, array_like=True, tag=2):
     """All ranks agree: load."""
 
+    graphs: bool
+    """Record decode steps where the program allows it."""
+
 
 class Refusal(Struct, frozen=True, array_like=True, tag=3):
     """They do not: end."""
@@ -51,6 +54,10 @@ class Ready(Struct, frozen=True, array_like=True, tag=4):
     """A rank can run steps."""
 
     rank: int
+    graphs: int
+    """Sizes of decode steps that it has recorded."""
+    problem: str
+    """Why none are recorded, where a rank has failed in that."""
 
 
 class Start(Struct, frozen=True, array_like=True, tag=5):
@@ -58,6 +65,8 @@ class Start(Struct, frozen=True, array_like=True, tag=5):
 
     run: int
     """Counts up; words of a run before are late and mean nothing."""
+    graphs: bool
+    """Run decode steps by graph where they are recorded."""
 
 
 class Started(Struct, frozen=True, array_like=True, tag=6):

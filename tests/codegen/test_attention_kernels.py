@@ -7,6 +7,7 @@ import torch
 from builders import make_plan, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poisoning import poison
 from strategies_codegen import DTYPES, loaded
 
 from codegen.emit import emit_program
@@ -68,23 +69,21 @@ def exact(q_TNH, k_pages, v_pages, inputs, scale) -> tuple[torch.Tensor, torch.T
     return out.cpu(), lse.cpu()
 
 
-def poison(patch: pytest.MonkeyPatch) -> None:
-    """Memory in which everything that a kernel forgets to write is NaN."""
-
-    def empty(*shape, **options):
-        return torch.full(shape if isinstance(shape[0], int) else shape[0], torch.nan, **options)
-
-    patch.setattr(torch, "empty", empty)
-    patch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
-
-
 def check(
-    rows: Rows, *, kv_heads: int, group: int, head: int, page: int, dtype: str, padding: int = 0
+    rows: Rows,
+    *,
+    kv_heads: int,
+    group: int,
+    head: int,
+    page: int,
+    dtype: str,
+    padding: int = 0,
+    seed: int = 0,
 ) -> None:
     """The kernel against the definition, on random data with NaN for what is not written."""
     inputs = step(rows, page=page, seed=len(rows), padding=padding)
     tokens = len(inputs.slots_T)
-    random = torch.Generator().manual_seed(tokens)
+    random = torch.Generator().manual_seed(tokens + seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random).to(DTYPES[dtype]).to(DEVICE)
@@ -139,7 +138,7 @@ def test_kernels_equal_the_definition(rows, shape, dtype, mixed, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("gluon", [0, 1])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
-def test_long_chunks_on_the_device(gluon, group, monkeypatch):
+def test_long_chunks_on_the_device(gluon, group, monkeypatch, fresh_seed):
     monkeypatch.setattr(kernel, "GLUON", gluon)
     kernel._hopper.cache_clear()  # noqa: SLF001 - one process, both kernels
     rows = [
@@ -149,19 +148,21 @@ def test_long_chunks_on_the_device(gluon, group, monkeypatch):
         (200, 700, False),
         (64, 995, True),
     ]
-    check(rows, kv_heads=2, group=group, head=128, page=64, dtype="bf16")
-    check(rows, kv_heads=2, group=group, head=64, page=128, dtype="bf16")
+    sizes = {"kv_heads": 2, "group": group, "dtype": "bf16", "seed": fresh_seed}
+    check(rows, head=128, page=64, **sizes)
+    check(rows, head=64, page=128, **sizes)
     kernel._hopper.cache_clear()  # noqa: SLF001
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [[(33, 1_050_000, True)], [(1, 1_050_000, True)]])
-def test_prefixes_past_a_million_on_the_device(rows):
-    check(rows, kv_heads=1, group=4, head=128, page=128, dtype="bf16")
+def test_prefixes_past_a_million_on_the_device(rows, fresh_seed):
+    check(rows, kv_heads=1, group=4, head=128, page=128, dtype="bf16", seed=fresh_seed)
 
 
-def test_a_recorded_step_merges_its_pieces_and_leaves_its_counters_as_they_were():
+def test_a_recorded_step_merges_its_pieces_and_leaves_its_counters_as_they_were(monkeypatch):
     """Twice from one list: the last piece of a tile sets the counter back for the next launch."""
+    monkeypatch.setattr(kernel, "FUSE_MERGE", 2)
     lens = [1500, 70, 0, 333]
     inputs = step([(1, keys, True) for keys in lens], page=64, seed=0)
     inputs.recorded = True
@@ -186,6 +187,7 @@ def test_a_recorded_step_merges_its_pieces_and_leaves_its_counters_as_they_were(
 @pytest.mark.parametrize("keys", [100, 6000])
 def test_pieces_are_merged_by_the_last_of_them_only_where_they_are_long(keys, monkeypatch):
     monkeypatch.setattr(kernel, "APART_TILES", 1)
+    monkeypatch.setattr(kernel, "FUSE_MERGE", 2)
     inputs = step([(1, keys, True)], page=64, seed=0)
     q = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
     k = torch.randn(inputs.pages, 64, 1, 64, generator=torch.Generator().manual_seed(1)).half()
@@ -232,7 +234,8 @@ def test_keys_at_a_million_positions_are_masked_where_they_stand():
 
 
 def test_a_step_builds_its_lists_once_and_asks_no_tensor(monkeypatch):
-    """With the host's lengths at hand, nothing but the page table is read, by the kernels."""
+    """With the host's lengths at hand, nothing but the page table is read, by the kernels; results
+    may have a place already."""
     inputs = step([(1, 100, True), (20, 90, True)], page=64, seed=0)
     starts, lens = inputs.query_starts_B1.tolist(), inputs.kv_lens_B.tolist()
     inputs.host = SimpleNamespace(query_starts=starts, kv_lens=lens, causal=[True, True])
@@ -244,6 +247,12 @@ def test_a_step_builds_its_lists_once_and_asks_no_tensor(monkeypatch):
         out, _ = kernel.paged_attention(q, k, k, k, inputs, 0.125)
         assert ((out.cpu().double() - expected).abs() <= 2**-8).all()
         monkeypatch.setattr(kernel, "_launches", None)
+    lse = torch.full((21, 4), torch.nan, device=DEVICE)
+    inputs.results = (torch.full_like(q, torch.nan), lse)
+    found = kernel.paged_attention(q, k, k, k, inputs, 0.125)
+    assert all(one is other for one, other in zip(found, inputs.results, strict=True))
+    assert ((found[0].cpu().double() - expected).abs() <= 2**-8).all()
+    assert lse.isfinite().all()
 
 
 # --- the cache, and bundles -----------------------------------------------------------------------

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codegen.kernels.paged_attention.recorded import recorded_decodes
 from codegen.kernels.paged_attention.work import (
     Queries,
     WorkList,
     chunk_list,
     mixed_list,
     packed_decodes,
-    recorded_decodes,
     saves,
 )
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from builders import make_plan, sixteen_gpu_plan, tiny_model
 
-from codegen.emit import EmittedProgram, default_target, emit_program
+from codegen.emit import EXCHANGE, EmittedProgram, default_target, emit_program
 from codegen.kernels import KERNELS, load_spec
 from plans.mesh import Parallelism
 from plans.ops import Parameter
@@ -34,10 +34,10 @@ def imported(source: bytes) -> set[str]:
 
 
 @pytest.mark.parametrize("target", ["torch", "triton"])
-def test_files_import_only_torch_triton_and_siblings(target):
+def test_files_import_only_numpy_torch_triton_and_siblings(target):
     files = emit_program(make_plan(), target=target).files
     siblings = {f".{Path(path).stem}" for path in files}
-    allowed = {"torch", "triton", *siblings, *sys.stdlib_module_names}
+    allowed = {"numpy", "torch", "triton", *siblings, *sys.stdlib_module_names}
     for path, source in files.items():
         assert imported(source) <= allowed, path
 
@@ -120,9 +120,9 @@ def test_kernels_name_every_op_file_and_its_tunables(large):
     }
     ops = {path for path in program.files if Path(path).stem in called}
     assert {kernel.file for kernel in program.kernels} == ops
-    assert {kernel.op for kernel in program.kernels} - {*KERNELS} == {"add_rms_norm_2"}  # the last
+    assert {kernel.op for kernel in program.kernels} <= {*KERNELS}
     by_op = {kernel.op: kernel for kernel in program.kernels}
-    assert by_op["add_rms_norm"].target == by_op["rms_norm"].target == "triton"
+    assert by_op["all_reduce_add_rms_norm"].target == by_op["rms_norm"].target == "triton"
     assert by_op["linear"].target == "torch"  # of steps of many tokens
     assert by_op["rms_norm"].params == load_spec("rms_norm").params
 
@@ -142,6 +142,19 @@ def test_products_have_a_way_for_few_tokens_and_one_for_many(large):
     assert rows["linear", None].target == "torch"
 
 
+def test_the_norm_behind_a_sum_over_ranks_brings_the_kernel_of_larger_steps(large):
+    plan, program = large
+    assert plan.parallelism.tp > 1
+    own = load_spec("all_reduce_add_rms_norm").params
+    rows = [each for each in program.kernels if each.op == "all_reduce_add_rms_norm"]
+    assert [each.when.tokens_max for each in rows] == [own["TOKENS_MAX"], None]
+    assert rows[0].params == own
+    assert b"from .add_rms_norm_triton import" in program.files[rows[0].file]
+    assert "program/add_rms_norm_triton.py" in program.files
+    alone = emit_program(make_plan(), target="triton").files
+    assert "program/all_reduce_add_rms_norm.py" not in alone
+
+
 def test_tuned_bounds_are_those_of_the_file():
     plan = sixteen_gpu_plan()
     program = emit_program(plan, params={"linear": {"TOKENS_MAX": 16}})
@@ -154,6 +167,44 @@ def test_the_target_follows_the_device():
     assert default_target(make_plan()) == "torch"
     assert default_target(sixteen_gpu_plan()) == "triton"
     assert all(kernel.target == "torch" for kernel in emit_program(make_plan()).kernels)
+
+
+@pytest.mark.parametrize("target", ["torch", "triton", "flash_attn"])
+def test_the_last_stage_of_a_program_of_our_kernels_hands_on_the_sampler(target):
+    program = emit_program(make_plan(parallelism=Parallelism(spp=2)), target=target)
+    ours = target != "torch"
+    assert ("program/sample.py" in program.files) == ours
+    assert ("program/sample_tiles.py" in program.files) == ours
+    assert [kernel.target for kernel in program.kernels if kernel.op == "sample"] == (
+        ["triton"] if ours else []
+    )
+    for stage, expected in enumerate((False, ours)):
+        source = program.files[f"program/stage_{stage}.py"]
+        assert (b"SAMPLE = sample\n" in source) == expected
+
+
+@pytest.mark.parametrize("target", ["torch", "triton", "flash_attn"])
+@pytest.mark.parametrize(
+    ("kvp", "head_dim", "merges"), [(1, 64, False), (2, 64, True), (2, 48, False)]
+)
+def test_every_stage_of_kvp_groups_hands_on_the_kernels_of_their_exchange(
+    target, kvp, head_dim, merges
+):
+    """Where the target is ours and heads are a power of two; else the runtime has its own way."""
+    model = tiny_model(layers=2, head_dim=head_dim)
+    plan = make_plan(model=model, parallelism=Parallelism(spp=2, kvp=kvp))
+    program = emit_program(plan, target=target)
+    ours = merges and target != "torch"
+    for op in EXCHANGE:
+        assert (f"program/{op}.py" in program.files) == ours
+        assert any(kernel.op == op for kernel in program.kernels) == ours
+    assert ("program/kvp_pack_places.py" in program.files) == ours
+    for stage in range(2):
+        source = program.files[f"program/stage_{stage}.py"]
+        assert (b"EXCHANGE = kvp_pack, kvp_merge\n" in source) == ours
+    if ours:
+        merge = program.files["program/kvp_merge.py"]
+        assert b"from .kvp_pack_places import aligned, entry_of\n" in merge
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("kernel", "first"), [("reference", 1.0), ("triton", 1.0), ("triton", 2**-18)]
@@ -282,7 +283,7 @@ import torch
 SCALES = {}
 
 
-def kv_write(k_TKH, v_TKH, k_pages, v_pages, slots_T):
+def kv_write(k_TKH, v_TKH, k_pages, v_pages, slots_T, *none):
     """Rounds to e4m3 by the scale of each page's first token, and stores the values as they are."""
     for x_TKH, pages in ((k_TKH, k_pages), (v_TKH, v_pages)):
         for row, slot in zip(x_TKH, slots_T.tolist()):
@@ -338,4 +339,6 @@ def test_the_triton_target_takes_fp8_pages():
     model = tiny_model(heads=4, kv_heads=1, head_dim=64, weight_dtype="bf16")
     program = emit_program(make_plan(model=model, kv_dtype="fp8", page_tokens=64), target="triton")
     by_op = {each.op: each.target for each in program.kernels}
-    assert by_op["paged_attention"] == by_op["kv_write"] == "triton"
+    assert by_op["paged_attention"] == by_op["qkv_rope_write"] == "triton"
+    assert program.matches["fuse_qkv_write"] == model.layers
+    assert "program/kv_write_triton.py" in program.files

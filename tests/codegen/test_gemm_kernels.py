@@ -4,13 +4,13 @@ Everything is compared with double precision, outputs are poisoned, and pages ho
 nothing else has: what is not written shows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import make_plan, tiny_model
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from strategies_codegen import DTYPES, Machine, Sequence, loaded
 
@@ -37,15 +37,10 @@ def normal(*shape: int, seed: int, scale: float = 1.0, dtype: str = DTYPE) -> to
     return (torch.randn(shape, generator=generator) * scale).to(DTYPES[dtype]).to(DEVICE)
 
 
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory in which everything that a kernel forgets to write is NaN; scratch of its own."""
-
-    def empty(*shape, **options):
-        return torch.full(shape if isinstance(shape[0], int) else shape[0], torch.nan, **options)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    core._scratch.cache_clear()  # noqa: SLF001 - pieces of an earlier test would be no NaN
+@pytest.fixture(autouse=True)
+def own_scratch() -> None:
+    """Pieces of an earlier test would be no NaN."""
+    core._scratch.cache_clear()  # noqa: SLF001 - as tests of its kernels may
 
 
 def assert_close(op: str, found: torch.Tensor, exact: torch.Tensor, dtype: str = DTYPE) -> None:
@@ -236,7 +231,9 @@ def problem(shape: Shape, dtype: str = DTYPE) -> SimpleNamespace:
             if slot >= 0:
                 into.view(64, *row.shape)[slot] = row
     args = (x, weight, bias, *norms, 1e-5, turns, *pages, slots)
-    return SimpleNamespace(args=args, pages=pages, q=q.cpu(), wanted=wanted)
+    return SimpleNamespace(
+        args=args, pages=pages, q=q.cpu(), wanted=wanted, keys=(k.cpu(), v.cpu())
+    )
 
 
 def check(found: torch.Tensor, given_: SimpleNamespace, dtype: str = DTYPE) -> None:
@@ -311,6 +308,57 @@ def test_heads_of_fp32_and_of_odd_sizes_take_the_library():
     check(q, given_, dtype="fp32")
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    "op",
+    [projecting.qkv_rope_write, load_reference("qkv_rope_write")],
+    ids=["triton", "reference"],
+)
+@settings(
+    max_examples=4,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    shape=st.sampled_from(SHAPES),
+    random=st.randoms(use_true_random=False),
+    most=st.sampled_from([0, 64]),
+)
+def test_pages_in_fp8_hold_the_definition_in_steps_of_any_cut(op, cuts, shape, random, most):
+    """Of the definition, rounded to e4m3 by the scale of its page's first token."""
+    given_ = problem(replace(shape, tokens=sum(cuts)))
+    x, weight, *norms, turns, _, _, _ = given_.args
+    order = random.sample(range(4), 4)
+    slots = torch.tensor([order[at // 8] * 8 + at % 8 for at in range(sum(cuts))])
+    exact = given_.keys
+    cache = [torch.full((4, 8, *exact[0].shape[1:]), torch.nan).to(DTYPES["fp8"]) for _ in "kv"]
+    cache = [each.to(DEVICE) for each in cache]
+    scales = [torch.full((4, shape.kv_heads), torch.nan, device=DEVICE) for _ in "kv"]
+    at = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projecting, "TOKENS_MAX", most)
+        for cut in cuts:
+            rows = slice(at, at + cut)
+            into = (*cache, slots[rows].to(DEVICE), *scales)
+            q, _ = op(x[rows].contiguous(), weight, *norms, turns[rows].contiguous(), *into)
+            assert_close("qkv_rope_write", q.cpu(), given_.q[rows])
+            at += cut
+    rounding = load_spec("qkv_rope_write").tolerance[DTYPE]
+    for pages, scales_PK, wanted_TKH in zip(cache, scales, exact, strict=True):
+        scale_TK1 = scales_PK.cpu().double()[slots // 8][..., None]
+        first_TKH = wanted_TKH[torch.arange(sum(cuts)) // 8 * 8].abs().amax(-1, keepdim=True)
+        off = rounding * first_TKH.clamp_min(1)
+        assert (scale_TK1 <= first_TKH + off).all()
+        assert (scale_TK1.clamp_min(2**-6) * 2 >= first_TKH - off).all()
+        found_TKH = pages.cpu().double().flatten(0, 1)[slots] * scale_TK1
+        most_TK1 = 448 * scale_TK1
+        error = (found_TKH - wanted_TKH.clamp(-most_TK1, most_TK1)).abs()
+        # half a step of e4m3: 2^-4 of a value, at least half of its least step, 2^-9
+        e4m3 = (2**-4 * wanted_TKH.abs()).maximum(2**-10 * scale_TK1)
+        assert (error <= e4m3 + rounding * wanted_TKH.abs().clamp_min(1) * (1 + 2**-4)).all()
+
+
 # --- in a program ---------------------------------------------------------------------------------
 
 
@@ -338,12 +386,10 @@ def test_an_emitted_step_of_few_tokens_equals_the_reference_program(tmp_path):
 @pytest.mark.usefixtures("poison")
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 16, 33, 64, 300])
-@settings(max_examples=2)
-@given(seed=st.integers(0, 999))
-def test_native_kernels_equal_the_definition_at_model_sizes(tokens, seed):
+def test_native_kernels_equal_the_definition_at_model_sizes(tokens, fresh_seed):
     """An 8B layer's shapes, in the forms that its steps take."""
-    x = normal(tokens, 4096, seed=seed)
-    weight = normal(6144, 4096, seed=seed + 1, scale=2**-6)
+    x = normal(tokens, 4096, seed=fresh_seed)
+    weight = normal(6144, 4096, seed=fresh_seed + 1, scale=2**-6)
     exact = x.double() @ weight.double().T
     assert_close("linear", multiplying.linear(x, weight, None), exact)
     gate, up = exact.chunk(2, -1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poisoning import poison
 from strategies_codegen import DTYPES, rounding_interpreter
 
 from codegen.graph import COLLECTIVES
@@ -74,11 +75,6 @@ def arguments(op: str, case: dict) -> tuple:
     return (x, *residual, weight, 1e-5)
 
 
-def poisoned(*shape, **options) -> torch.Tensor:
-    """Memory in which everything that a kernel forgets to write is NaN."""
-    return torch.full(*shape, torch.nan, **options)
-
-
 @pytest.fixture
 def rounding(monkeypatch) -> None:
     rounding_interpreter(monkeypatch)
@@ -92,8 +88,7 @@ def test_triton_equals_the_reference(op, case, monkeypatch):
     module = importlib.import_module(f"codegen.kernels.{op}.triton")
     args = arguments(op, case)
     expected = load_reference(op)(*args)
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+    poison(monkeypatch)
     found = getattr(module, op)(*args)
     if op == "add_rms_norm":
         assert torch.equal(found[1], expected[1])  # one rounded addition: no freedom

@@ -12,10 +12,20 @@ from torch import fx
 from codegen import collectives
 from codegen.capture import capture
 from codegen.emit import emit_program
-from codegen.graph import INV_FREQ, Program, calls, text_of, verify
+from codegen.graph import (
+    INV_FREQ,
+    Program,
+    call,
+    calls,
+    op_name,
+    placeholder,
+    text_of,
+    verify,
+)
 from codegen.kernels.base import Value
 from codegen.models.frequencies import inverse_frequencies
 from codegen.passes import PASSES
+from codegen.passes.fuse import fuse_all_reduce
 from plans.errors import Infeasible
 from plans.mesh import Parallelism
 from plans.plan import Plan
@@ -126,7 +136,9 @@ def test_match_counts_are_those_of_the_family(family, tp, stages):
     assert matches["fuse_projections"] == 2 * layers  # qkv; gate and up
     assert matches["fuse_gate"] == matches["fuse_gate_up"] == layers
     # two sums a layer; the one that leaves a stage has no norm behind it
-    assert matches["rowwise"] == 2 * layers - (stages - 1)
+    sums = 2 * layers - (stages - 1)
+    assert matches["fuse_all_reduce"] == (sums if tp > 1 else 0)
+    assert matches["rowwise"] == (sums if tp == 1 else 0)
     assert matches["page_attention"] == matches["fuse_qkv_write"] == layers
 
 
@@ -143,6 +155,60 @@ def test_kv_heads_that_do_not_suffice_are_held_by_several_ranks():
     assert qkv.shape == ((1 + 1 + 1) * plan.model.head_dim, plan.model.hidden)
 
 
+def test_every_sum_over_ranks_but_a_stages_last_is_in_the_call_of_its_norm():
+    plan = plan_of("llama", parallelism=Parallelism(tp=2, spp=2))
+    program = capture(plan.model)
+    for apply in PASSES:
+        apply(program, plan)
+    first, last = program.graphs
+    embedding, handed_on = calls(first, "all_reduce")
+    assert op_name(embedding.all_input_nodes[0]) == "embedding_share"
+    assert [op_name(user) for user in handed_on.users] == ["add"]
+    assert calls(last, "all_reduce") == []
+    final = calls(last, "all_reduce_add_rms_norm")[-1]
+    assert [user.args[1] for user in final.users] == [0]  # nothing reads its sum
+
+
+def norm_behind_a_sum(reading: str) -> Program:
+    """A graph of all_reduce, add and rms_norm, in which others read something, too."""
+    graph = fx.Graph()
+    rows = Value(shape=("T", 8), dtype="fp32")
+    x, residual = (placeholder(graph, name, rows) for name in ("x_TD", "residual_TD"))
+    weight = placeholder(graph, "weight_D", Value(shape=(8,), dtype="fp32"))
+    for each in (x, residual, weight):
+        each.meta["layer"] = 0
+
+    def made(op: str, *args: Any) -> fx.Node:
+        return call(graph, op, *args, like=x, name=op)
+
+    total = made("all_reduce", x)
+    terms = (residual, total) if reading == "swapped" else (total, residual)
+    if reading == "twice":
+        terms = (total, total)
+    summed = made("add", *terms)
+    before = made("silu", summed) if reading == "before" else summed
+    normed = made("rms_norm", summed, weight, 1e-5)
+    ends = made("add", before, made("add", residual, normed))
+    if reading == "reduced":
+        ends = made("add", ends, total)
+    graph.output(ends)
+    return Program(graphs=[graph], tp=2)
+
+
+@pytest.mark.parametrize(
+    ("reading", "matches"),
+    [("behind", 1), ("swapped", 1), ("before", 0), ("reduced", 0), ("twice", 0)],
+)
+def test_a_sum_over_ranks_that_others_read_stays_apart(reading, matches):
+    program = norm_behind_a_sum(reading)
+    verify(program)
+    assert fuse_all_reduce(program, plan_of("llama")) == matches
+    verify(program)
+    assert len(calls(program.graphs[0], "all_reduce_add_rms_norm")) == matches
+    assert len(calls(program.graphs[0], "all_reduce")) == 1 - matches
+    assert fuse_all_reduce(program, plan_of("llama")) == 0
+
+
 @pytest.mark.parametrize("degrees", [Parallelism(), Parallelism(kvp=2)])
 def test_merge_stands_behind_every_attention_only_with_kvp(degrees):
     plan = plan_of("llama", parallelism=degrees)
@@ -151,23 +217,6 @@ def test_merge_stands_behind_every_attention_only_with_kvp(degrees):
         apply(program, plan)
     merges = calls(program.graphs[0], "merge")
     assert len(merges) == (plan.model.layers if degrees.kvp > 1 else 0)
-
-
-def test_peak_is_that_of_the_widest_moment_of_the_mlp():
-    """Residual stream and its norm; gate and up, inside gate_up_silu, and its result; the turns."""
-    plan = plan_of("llama")
-    tokens = plan.scheduler.max_step_tokens
-    turns = plan.model.head_dim
-    wide = (2 * plan.model.hidden + 2 * plan.model.ffn + plan.model.ffn + turns) * 4 * tokens
-    assert emit_program(plan).peak_activation_bytes == (wide,)
-
-
-def test_peak_of_a_stage_counts_the_hidden_state_that_it_is_given():
-    """The caller holds it while the stage runs, beside the stage's own residual stream."""
-    plan = plan_of("llama", parallelism=Parallelism(spp=2))
-    tokens = plan.scheduler.max_step_tokens
-    wide = (3 * plan.model.hidden + 3 * plan.model.ffn + plan.model.head_dim) * 4 * tokens
-    assert emit_program(plan).peak_activation_bytes[1] == wide
 
 
 @pytest.mark.parametrize("broken", ["shape", "dead", "order", "arity"])
@@ -207,6 +256,29 @@ def test_graphs_around_each_pass_are_as_recorded(golden):
         model=tiny_model(layers=2, qkv_bias=True), parallelism=Parallelism(tp=2, spp=2, kvp=2)
     )
     graphs = emit_program(plan, dump_graph=True).graphs
-    assert len(graphs) == len(PASSES) + 1
+    assert len(graphs) == len(PASSES) + 2
     for name, text in graphs.items():
         golden(f"graph_{name}.txt", text)
+
+
+@pytest.mark.parametrize("target", ["torch", "triton"])
+def test_a_dump_says_what_each_pass_did_and_what_each_stage_holds(target):
+    plan = plan_of("llama", parallelism=Parallelism(spp=2))
+    program = emit_program(plan, dump_graph=True, target=target)
+    summary = program.graphs["summary"].splitlines()
+    for number, (name, matches) in enumerate(program.matches.items(), 1):
+        head = program.graphs[f"{number}-{name}"].splitlines()[0]
+        assert head.startswith(f"# {name}, pass {number} of {len(PASSES)}: {matches} match")
+        assert any(line.split()[:2] == [name, str(matches)] for line in summary)
+    last = program.graphs[f"{len(PASSES)}-plan_buffers"]
+    for stage, most in enumerate(program.peak_activation_bytes):
+        assert any(line.startswith(f"stage {stage}: {most} in ") for line in summary)
+        assert f"# stage {stage}: {most} in " in last
+        assert f"holds {most}\n" in last
+
+
+def test_graphs_with_pages_in_fp8_are_as_recorded(golden):
+    plan = make_plan(model=tiny_model(layers=2, qk_norm=True), kv_dtype="fp8")
+    graphs = emit_program(plan, dump_graph=True, target="triton").graphs
+    golden("graph_fp8_summary.txt", graphs["summary"])
+    golden("graph_fp8.txt", graphs[f"{len(PASSES)}-plan_buffers"])

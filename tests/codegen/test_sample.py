@@ -8,20 +8,22 @@ from hypothesis import strategies as st
 from codegen.kernels.sample import tiles
 from codegen.kernels.sample.reference import sample as reference
 from codegen.kernels.sample.triton import sample
-from runtime.sampling import draw, probabilities, uniform
+from runtime.sampling import controls as table_of
+from runtime.sampling import draw, probabilities
 from runtime.sampling_params import SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLOSE = 2.0**-40
-"""Far above what double precision makes of a few thousand terms in another order."""
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def close(vocab: int) -> float:
+    """What double precision makes at most of a sum of shares in another order: half a unit in the
+    last place a term, on either side; some for the exponentials, where there are few terms."""
+    return max(vocab, 4096) * 2.0**-52
 
 
 def controls(params: list[SamplingParams], positions: list[int]) -> torch.Tensor:
-    rows = [
-        (each.temperature, each.top_k, each.top_p, each.min_p, uniform(each.seed, position))
-        for each, position in zip(params, positions, strict=True)
-    ]
-    return torch.tensor(rows, dtype=torch.float64, device=DEVICE)
+    return torch.from_numpy(table_of(params, positions)).to(DEVICE)
 
 
 @st.composite
@@ -59,16 +61,17 @@ def near_a_threshold(logits: torch.Tensor, params: SamplingParams) -> bool:
         ordered = ordered.masked_fill(ordered < ordered[params.top_k - 1], -torch.inf)
     chance = ordered.softmax(-1)
     before = chance.cumsum(-1) - chance
-    nucleus = ((before - params.top_p).abs() < CLOSE).any() if params.top_p < 1 else False
+    near = close(len(logits))
+    nucleus = ((before - params.top_p).abs() < near).any() if params.top_p < 1 else False
     floor = params.min_p * chance[0]
-    unlikely = ((chance - floor).abs() < CLOSE * floor).any() if params.min_p else False
+    unlikely = ((chance - floor).abs() < near * floor).any() if params.min_p else False
     return bool(nucleus or unlikely)
 
 
 def picks_an_edge(logits: torch.Tensor, params: SamplingParams, number: float) -> bool:
     """Whether the number lies on the border of two tokens."""
     reached = probabilities(logits[None], [params])[0].cumsum(-1)
-    return bool(((reached - number * reached[-1]).abs() < CLOSE).any())
+    return bool(((reached - number * reached[-1]).abs() < close(len(logits))).any())
 
 
 @settings(max_examples=30)
@@ -131,6 +134,26 @@ def test_a_row_that_is_not_finite_is_reported_and_the_others_are_drawn(bad):
     assert found[0, 2] == expected[0, 2]
 
 
+def test_a_row_is_drawn_alike_in_any_batch():
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=0.8, seed=1),
+        SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=2),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=3),
+        SamplingParams(temperature=1.5, min_p=0.02, seed=4),
+    ]
+    logits = logits_of("spread", 5, 900, 7)
+    table = controls(params, list(range(5)))
+    together = sample(logits, table)
+    assert torch.equal(together, sample(logits, table))
+    for row in range(5):
+        assert torch.equal(
+            sample(logits[row : row + 1], table[row : row + 1])[:, 0], together[:, row]
+        )
+    order = torch.tensor([3, 0, 4, 2], device=DEVICE)
+    assert torch.equal(sample(logits[order], table[order]), together[:, order])
+
+
 def test_zeros_of_both_signs_tie():
     logits = torch.tensor([[-1.0, -0.0, 0.0, -2.0]], device=DEVICE)
     params = [SamplingParams()]
@@ -148,7 +171,7 @@ def test_rows_of_a_wider_tensor_and_of_16_bits_are_read_as_they_lie():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["spread", "flat", "bf16", "tied"])
-def test_a_vocabulary_of_128k_is_drawn_on_the_device(kind):
+def test_a_vocabulary_of_128k_is_drawn_on_the_device(kind, fresh_seed):
     params = [
         SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         for seed, (temperature, top_k, top_p, min_p) in enumerate(
@@ -164,7 +187,7 @@ def test_a_vocabulary_of_128k_is_drawn_on_the_device(kind):
         )
     ]
     for position in range(8):
-        logits = logits_of(kind, len(params), 128_256, position)
+        logits = logits_of(kind, len(params), 128_256, fresh_seed + position)
         positions = [position] * len(params)
         table = controls(params, positions)
         found, expected = sample(logits, table), draw(logits, params, positions)

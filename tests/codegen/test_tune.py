@@ -1,6 +1,7 @@
 """The tuner: gate, then values, then time; on the interpreter with a clock of its own."""
 
 import dataclasses
+import pkgutil
 
 import pytest
 import torch
@@ -34,11 +35,11 @@ class Accepting(tune.Gate):
 
 
 def job(op="rope", at=0):
-    """Heads of 64, 16 of them: the four values of the tunable are four numbers of warps."""
+    """Heads of 128, 16 of them: the four values of the tunable are four numbers of warps."""
     found = tune.jobs([op])[0][at]
     sizes = {name: min(size, SMALL.get(name, size)) for name, size in found.sizes.items()}
     if op == "rope":
-        sizes["heads"] = 32
+        sizes |= {"heads": 16, "head_dim": 128}
     return dataclasses.replace(found, sizes=sizes)
 
 
@@ -80,7 +81,7 @@ def test_a_win_within_the_spread_keeps_the_default():
 
 def test_what_the_gate_rejects_is_never_run():
     rejected = tune.space(job())[1][NAME]
-    warps = 32 * 32 // rejected  # pairs of a token over pairs of a warp
+    warps = 16 * 64 // rejected  # pairs of a token over pairs of a warp
     found = run([5.0, 4.0, 3.0, 1.0], gate=Accepting([warps]))
     assert [(params[NAME], why) for params, why in found.rejected] == [(rejected, "spills")]
     assert found.bucket.params[NAME] != rejected
@@ -111,6 +112,26 @@ def test_a_candidate_that_fails_to_run_is_rejected(monkeypatch):
     monkeypatch.setattr(tune, "make", failing)
     found = run([5.0, 4.0, 3.0])
     assert [why for _, why in found.rejected] == ["RuntimeError: out of resources"]
+
+
+def test_products_are_timed_beside_the_library_and_others_are_not():
+    found = run([5.0, 4.0, 3.0], which=job("linear"), effort="none")
+    assert (found.bucket.us, found.bucket.library_us) == (5.0, 4.0)
+    assert tune.TOKENS_MAX not in found.bucket.params
+    assert run([5.0, 4.0], effort="none").bucket.library_us is None
+
+
+@pytest.mark.parametrize("op", ["gate_up_silu", "linear", "qkv_rope_write"])
+def test_the_librarys_way_launches_no_product_of_ours(op, monkeypatch):
+    problem = make(op, job(op).sizes, HERE)
+    launched = []
+    module = pkgutil.resolve_name(f"codegen.kernels.{op}.triton")
+    monkeypatch.setattr(module, "stream", lambda *a, **k: launched.append(op))
+    with tune.applied(op, tune.WITHOUT_OURS):
+        problem.calls[0]()
+    assert launched == []
+    problem.calls[0]()
+    assert launched == [op]
 
 
 def test_nothing_is_timed_where_the_default_is_wrong(monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import given, reject, settings
 from msgspec import structs
 from strategies_planner import by_datasheet, tiny_device, tiny_topology, tiny_workload, worlds
 
-from planner.answer import answer, fewest_gpus, longest_context, misses, reevaluated
+from planner.answer import answer, best_point, fewest_gpus, longest_context, misses, reevaluated
 from planner.catalog import load_device, load_model, load_workload, topology_for
 from planner.cost import MARGIN
 from planner.failure import NoPlan
@@ -177,6 +177,22 @@ def test_targets_missed_at_the_rate_asked_for_end_with_the_nearest_value():
     assert float(caught.value.nearest.removeprefix("--ttft-slo ")) > alone_s
 
 
+def test_a_later_finalist_takes_the_lead_only_by_more_than_chance(main_answer):
+    point = structs.replace(main_answer.plan.predicted.replay, requests=25, undecided=0)
+
+    def best(first, second, requests=25):
+        points = [
+            structs.replace(point, attainment=each, requests=requests) for each in (first, second)
+        ]
+        return best_point(points, [0, 1])
+
+    # of 25 requests a share of 0.8 is uncertain by 0.08, two of them differ by 0.11 by chance
+    assert best(0.8, 0.8) == best(0.8, 0.96) == 0
+    assert best(0.5, 1.0) == 1
+    assert best(0.8, 0.96, requests=400) == 1
+    assert best(0.96, 0.8, requests=400) == 0
+
+
 # --- why ----------------------------------------------------------------------------------------
 
 
@@ -201,6 +217,42 @@ def test_70b_at_a_million_tokens_gets_kvp_where_only_it_keeps_the_step(make):
     assert f"kvp {given.plan.parallelism.kvp}: " in text
     assert "without it" in text
     assert "A group joins every" in text
+
+
+def test_70b_at_a_million_tokens_under_50_ms_gets_kvp_on_16_a100_and_the_plan_says_why():
+    """Their memory gives a token at full context too late for the step budget of 30 ms."""
+    world = world_of("llama3-70b", 16, hardware="a100", tbt_slo_s=0.05)
+    given = answer(world, name=lambda _: "p", made_by=MADE_BY)
+    best, budget_s = given.found.ranked[0], world.scheduler.step_budget_s
+    assert world.limits.context_tokens == 1 << 20
+    assert given.plan.parallelism.kvp == 2
+    assert best.tbt_full_s < budget_s
+    assert all(
+        each.tbt_full_s > budget_s
+        for each in given.found.ranked
+        if each.candidate.parallelism.kvp == 1
+    )
+    said = given.found.why[0]
+    assert said.startswith("kvp 2: without it a token at 1m takes ")
+    assert "above the step budget of 30 ms" in said
+    assert "shared by 2 groups, 512k tokens each" in said
+
+
+def test_16_h100_keep_50_ms_without_kvp_and_the_plan_says_from_when_on_they_need_it():
+    world = world_of("llama3-70b", 16, tbt_slo_s=0.05)
+    given = answer(world, name=lambda _: "p", made_by=MADE_BY)
+    best = given.found.ranked[0]
+    assert given.plan.parallelism.kvp == 1
+    said = given.found.why[0]
+    assert said.startswith("kvp 1: a token at 1m takes ")
+    limit_ms = float(said.partition("A limit below ")[2].split()[0])
+    assert limit_ms == pytest.approx(best.tbt_full_s * (1 + MARGIN) * 1e3, rel=0.01)
+    tighter = answer(
+        world_of("llama3-70b", 16, tbt_slo_s=limit_ms * 0.9e-3),
+        name=lambda _: "p",
+        made_by=MADE_BY,
+    )
+    assert tighter.plan.parallelism.kvp > 1
 
 
 def test_the_text_says_what_stages_and_chunks_give(main_answer):

@@ -1,16 +1,11 @@
 """Counts of attention's work: those of the kernel's own lists, whatever is asked."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from codegen.kernels.paged_attention.work import (
-    Queries,
-    WorkList,
-    chunk_list,
-    decode_list,
-    mixed_list,
-)
+from codegen.kernels.paged_attention.recorded import decode_list
+from codegen.kernels.paged_attention.work import Queries, WorkList, chunk_list, mixed_list
 from planner.attention_work import (
     PROCESSORS,
     TILE_KEYS,
@@ -104,6 +99,7 @@ def _padded(each, tile_tokens, rows, tile_keys):
     return tiles * rows * -(-each.keys // tile_keys) * tile_keys
 
 
+@example(step=(8, [(512, 1 << 20)] * 3, []), group=4, small=False)  # 384 tiles on 132 processors
 @given(step=steps(), group=st.sampled_from([1, 4, 8]), small=st.booleans())
 def test_no_list_needs_more_partial_results_than_memory_counts(step, group, small):
     kv_heads, chunks, decodes = step
@@ -145,6 +141,18 @@ def test_the_bound_rises_with_tiles_and_keys(tiles, most, more):
     least = most_pieces(tiles, most, PROCESSORS)
     assert least <= most_pieces(tiles + more, most, PROCESSORS)
     assert most_pieces(tiles, 1, PROCESSORS) == 0
+
+
+def test_lists_are_cut_until_there_are_four_tiles_a_processor():
+    """40 tokens are 320 tiles of 8 heads at most; the rule cuts up to 528, or 1056 small ones."""
+    step = LargestStep(
+        keys=1 << 20, tokens=40, sequences=1, least_tokens=1, products=1e18, read_bytes=1e18,
+        hopper=True,
+    )  # fmt: skip
+    few, many, more = (
+        partials_bytes((8, 8, 128), step._replace(tokens=each)) for each in (40, 132, 1000)
+    )
+    assert few < many == more
 
 
 def test_partial_results_of_a_long_prompt_take_hundreds_of_megabytes():

@@ -177,3 +177,66 @@ def test_a_folder_of_another_machine_is_refused(medha_tune, device, monkeypatch)
     assert "a profile of another triton" in err
     about = load_file(out / "profiles" / "h200-sxm-141gb" / "about.yaml", profiles.About)
     assert structs.asdict(about)["triton"] == "3.6.0"
+
+
+@pytest.fixture
+def two_devices(device, monkeypatch):
+    """The same machine with a second device, and links whose times are made up."""
+    monkeypatch.setattr(machine, "machine", lambda: Machine(**{**vars(MACHINE), "devices": 2}))
+    asked = []
+
+    def measure_links(rows, devices, *, limit_s):
+        asked.append((devices, limit_s))
+        return {row: Timing(us=20 + row[1] / 1e4, spread_us=0.5) for row in rows[:-4]}
+
+    monkeypatch.setattr("codegen.links.measure_links", measure_links)
+    return device, asked
+
+
+def test_links_alone_go_into_an_older_profile_and_say_where_they_come_from(medha_tune, two_devices):
+    device, asked = two_devices
+    old, out = device / "old", device / "new"
+    medha_tune("--profile", "--table", "copy", "--out", old, "--install")
+    status, _, err = medha_tune(
+        *("--profile", "--table", "links", "--limit-s", "60", "--out", out, "--install")
+    )
+    assert status == 0, err
+    assert [devices for devices, _ in asked] == [2]
+    assert 50 < asked[0][1] <= 60
+    assert "4 points left for lack of time" in err
+    found = read_profile(profiles.PROFILES / "h200-sxm-141gb")
+    assert set(found.tables) == {"copy", "links"}
+    ops = {row.key[0] for row in found.rows("links", None)}
+    assert ops == {"all_reduce", "all_gather", "send_recv", "all_to_all"}
+    assert found.about.command.startswith("medha-tune --profile --table copy")
+    assert "--table links" in found.about.sources["links"]
+    assert "driver 580" in found.about.sources["links"]
+
+
+def test_links_between_one_device_are_an_error_that_says_so(medha_tune, device):
+    status, _, err = medha_tune("--profile", "--table", "links", "--out", device / "out")
+    assert status == 1
+    assert "links are measured between two or more CUDA devices" in err
+
+
+def test_a_table_that_is_measured_again_takes_its_factor_and_its_words_with_it(tmp_path):
+    about = profiles.About(
+        device="x", driver="1", torch="1", triton="1", made="a", command="old",
+        sources={"gemm": "cold", "copy": "kept"}, kernels={"linear": "1", "rope": "1"},
+        hot={"gemm": 1.1, "rows": 1.2},
+    )  # fmt: skip
+    row = profiles.Row(key=("linear", 8, 8, 1), role="fit", us=1.0, spread_us=0.0)
+    new = profiles.Profile(
+        folder=tmp_path,
+        about=structs.replace(about, made="b", command="new", kernels={"linear": "2", "rope": "2"}),
+        tables={"gemm": (row,)},
+    )
+    new = profiles.Profile(
+        folder=tmp_path, about=structs.replace(new.about, sources={}, hot={}), tables=new.tables
+    )
+    found = profiles.merged(about, new)
+    assert found.hot == {"rows": 1.2}
+    assert found.kernels == {"linear": "2", "rope": "1"}
+    assert found.sources["copy"] == "kept"
+    assert found.sources["gemm"].startswith("made b by new")
+    assert (found.made, found.command) == ("a", "old")

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import assume, given, reject
+from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 from msgspec import structs
 from strategies import tiny_model
@@ -157,6 +157,7 @@ def test_rows_cover_the_context_and_chunks_never_rise(case):
         assert chunk >= world.scheduler.min_chunk_tokens
 
 
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(case=cases())
 def test_a_larger_chunk_would_break_the_budget(case):
     world, _, time, shard = case
@@ -294,3 +295,24 @@ def test_a_shorter_step_budget_never_adds_capacity(case):
     )
     assume("sequence limit" not in {full.bound_by, half.bound_by})  # shorter steps hold fewer
     assert half.rps <= full.rps * (1 + 1e-6)  # bisection stops at 2**-40 of its range
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_collectives_of_a_layer_are_two_rings_over_the_slowest_link(tp):
+    """A ring all-reduce of n ranks sends 2 (n - 1) / n of a vector over each link."""
+    device = tiny_device()
+    world = make_world(
+        model=tiny_model(heads=8, kv_heads=8, hidden=64, head_dim=8, ffn=64, vocab=64),
+        device=device,
+        topology=tiny_topology(device, per_node=tp),
+        workload=tiny_workload(),
+    )
+    candidate = next(
+        each for each in candidates(world)[0] if each.parallelism.tp == tp == world.gpus
+    )
+    (link,) = world.topology.links[:1]
+    time = roofline(world, candidate, place(world.topology, candidate.parallelism))
+    sent = 2 * (tp - 1) / tp * world.model.hidden * DTYPE_BYTES[world.model.plain_dtype]
+    rate = link.bandwidth_bytes_per_s * link.efficiency
+    assert time.comm_token_s == pytest.approx(2 * sent / rate)
+    assert time.comm_latency_s == pytest.approx(2 * link.latency_s)

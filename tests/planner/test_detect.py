@@ -90,11 +90,26 @@ PCIE = {
 }
 
 
+RECORDED_ONE = (
+    "\t\x1b[4mGPU0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\nGPU0\t X \t0-15\t0\t\tN/A\n"
+) + TAIL
+"""`nvidia-smi topo -m` of a machine with one H100, as driver 580 printed it."""
+HEADS_OF_TWO = "\t\x1b[4mGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
+RECORDED_TWO = {
+    "--query-gpu": "0, NVIDIA H100 80GB HBM3, 5, 16\n1, NVIDIA H100 80GB HBM3, 5, 16\n",
+    "-m": f"{HEADS_OF_TWO}GPU0\t X \tNV18\t0-31\t0\t\tN/A\nGPU1\tNV18\t X \t0-31\t0\t\tN/A\n{TAIL}",
+    "-mp": f"{HEADS_OF_TWO}GPU0\t X \tPHB\t0-31\t0\t\tN/A\nGPU1\tPHB\t X \t0-31\t0\t\tN/A\n{TAIL}",
+    "nvlink": links(0, 18, "26.562") + links(1, 18, "26.562"),
+}
+"""What the same driver printed on a machine with two H100."""
+
+
 def runner(texts):
     """Answers from recorded texts, by the word that tells the commands apart."""
 
     def run(command):
-        return next((text for word, text in texts.items() if any(word in w for w in command)), None)
+        words = sorted(texts, key=len, reverse=True)  # -mp before -m
+        return next((texts[word] for word in words if any(word in w for w in command)), None)
 
     return lambda command: None if command[-1] == "-mp" and "-mp" not in texts else run(command)
 
@@ -211,6 +226,52 @@ def test_direct_links_stay_direct(tmp_path, cells, expected):
 def test_one_gpu_needs_no_graph(tmp_path):
     text = detect(runner({"--query-gpu": "0, NVIDIA H200, 5, 16\n"}), tmp_path)
     assert planned(text, tmp_path, 1).fabric is None
+
+
+def test_a_recorded_machine_of_one_h100_is_one_device_that_a_plan_accepts(tmp_path):
+    matrix_of_one = parse_matrix(RECORDED_ONE)
+    assert matrix_of_one.cells == {("GPU0", "GPU0"): "X"}
+    assert matrix_of_one.affinity == {"GPU0": "0-15"}
+    texts = {
+        "--query-gpu": "0, NVIDIA H100 80GB HBM3, 5, 16\n",
+        "-m": RECORDED_ONE,
+        "-mp": RECORDED_ONE,
+        "nvlink": links(0, 18, "26.562"),
+    }
+    text = detect(runner(texts), tmp_path)
+    assert "no matrix" not in text
+    topology = planned(text, tmp_path, 1)
+    assert (topology.device, topology.devices_per_node) == ("h100-sxm-80gb", 1)
+    assert topology.fabric is None
+
+
+def test_two_devices_of_a_guest_have_their_nvlinks_between_them(tmp_path):
+    """A virtual machine with two of eight: no ports, one CPU, links by a switch outside."""
+    names = ["GPU0", "GPU1"]
+    texts = {
+        "--query-gpu": "".join(f"{each}, NVIDIA H100 80GB HBM3, 5, 16\n" for each in range(2)),
+        "-m": matrix(names, lambda *_: "NV18", lambda _: "0-31"),
+        "-mp": matrix(names, lambda *_: "PHB", lambda _: "0-31"),
+        "nvlink": "".join(links(each, 18, "26.562") for each in range(2)),
+    }
+    topology = planned(detect(runner(texts), tmp_path), tmp_path, 2)
+    for mesh, axis in ((Parallelism(tp=2), "tp"), (Parallelism(spp=2), "spp")):
+        link = slowest_link(topology, mesh, place(topology, mesh), axis)
+        assert (link.kind, link.bandwidth_bytes_per_s) == ("nvlink", 450e9)
+
+
+def test_a_recorded_machine_of_two_h100_is_a_pair_by_nvlink_under_one_cpu(tmp_path):
+    text = detect(runner(RECORDED_TWO), tmp_path)
+    topology = planned(text, tmp_path, 2)
+    assert (topology.device, topology.devices_per_node) == ("h100-sxm-80gb", 2)
+    assert [(each.name, each.kind) for each in topology.fabric.parts] == [("cpu0", "cpu")]
+    nvlink, pcie = topology.fabric.wires
+    # 18 links of 25 GB/s of data each way; 16 lanes of 32 GT/s at 128 of 130 bits
+    assert (nvlink.link.kind, nvlink.link.bandwidth_bytes_per_s) == ("nvlink", 450e9)
+    assert (pcie.link.kind, pcie.link.bandwidth_bytes_per_s) == ("pcie", 63.008e9)
+    assert nvlink.joins == (("gpu0", "gpu1"),)
+    assert pcie.joins == (("gpu0", "cpu0"), ("gpu1", "cpu0"))
+    assert topology.fabric.network is None
 
 
 def test_gpus_without_a_matrix_are_taken_to_share_a_cpu(tmp_path):

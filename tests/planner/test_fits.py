@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.estimates import MOST_FACTOR, MOST_LINEAR_FACTOR, OutOfRange, nonnegative
-from planner.fit_attention import Attention, fit_chunk, fit_decode
+from planner.fit_attention import (
+    Attention,
+    chunk_sizes_of,
+    decode_sizes_of,
+    fit_chunk,
+    fit_decode,
+)
 from planner.fits import Products, RowWise, curve, fit_links, heated, ring_share
 from planner.profiles import Row
 
@@ -137,7 +143,7 @@ def test_decodes_of_this_very_law_are_found_again(start, sequence, key, noise):
 def test_coefficients_are_never_negative_and_no_worse_than_one_column(data):
     a, b, seconds = np.array(data).T
     columns = np.stack([a, b], axis=1)
-    found = nonnegative(columns, seconds)
+    found, _ = nonnegative(columns, seconds)
     assert (found >= 0).all()
 
     def loss(coefficients):
@@ -223,3 +229,16 @@ def test_a_collective_is_scaled_as_the_bytes_of_a_ring():
     assert fit_links(rows, "all_gather", 2) is None
     assert ring_share("all_gather", 4) == 3
     assert math.isclose(ring_share("send_recv", 4), 1)
+
+
+@pytest.mark.parametrize(
+    ("most_keys", "most_tokens"), [(1, 8192), (33, 64), (4096, 8192), (1 << 20, 2048)]
+)
+def test_coefficients_are_fitted_to_calls_that_a_plan_can_make(most_keys, most_tokens):
+    chunks = chunk_sizes_of(most_keys, most_tokens)
+    assert all(tokens + prefix <= most_keys for tokens, prefix in chunks)
+    assert all(1 <= tokens <= most_tokens and prefix >= 0 for tokens, prefix in chunks)
+    assert max(tokens + prefix for tokens, prefix in chunks) > 0.9 * most_keys
+    decodes = decode_sizes_of(most_keys)
+    assert all(1 <= batch <= 256 and 1 <= keys <= most_keys for batch, keys in decodes)
+    assert max(keys for _, keys in decodes) > 0.9 * most_keys

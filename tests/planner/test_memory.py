@@ -15,7 +15,10 @@ from planner.memory import (
     attention_partials_bytes,
     footprint,
     graph_buffers_bytes,
+    holds,
+    local_kv_heads,
     page_bytes,
+    qkv_width,
     rank_weights_bytes,
     reachable_context,
     shard_tokens,
@@ -95,6 +98,8 @@ def test_a_candidate_fits_exactly_up_to_the_context_that_the_error_names(world, 
 
     if reach:
         footprint(at(reach), each)
+        assert holds(at(reach), each)
+    assert not holds(at(reach + 1), each)
     with pytest.raises(Infeasible) as caught:
         footprint(at(reach + 1), each)
     assert caught.value.constraint == "memory"
@@ -174,3 +179,10 @@ def test_activations_grow_with_the_step_not_with_the_prompt(world):
     )
     assert activations_bytes(longer, each) == activations_bytes(world, each)
     assert activations_bytes(wider, each) > activations_bytes(world, each)
+
+
+@pytest.mark.parametrize(("tp", "kv_heads"), [(1, 8), (2, 4), (8, 1), (16, 1), (32, 1)])
+def test_a_rank_holds_its_share_of_heads_and_one_whole_kv_head_at_least(tp, kv_heads):
+    model = load_model("llama3-70b")
+    assert local_kv_heads(model, tp) == kv_heads
+    assert qkv_width(model, tp) == (2 * 64 // tp + 2 * kv_heads) * 128  # q, output, k and v

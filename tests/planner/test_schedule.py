@@ -10,7 +10,7 @@ from strategies import step_times
 from strategies_planner import by_datasheet
 
 from planner.catalog import load_device, load_model, load_workload, topology_for
-from planner.price import price
+from planner.price import price, tbt_s
 from planner.schedule import (
     cheapest,
     chunk_sizes,
@@ -148,3 +148,13 @@ def test_a_table_with_a_step_is_searched_on_one_stage_too():
     ]
     jagged = structs.replace(time, matmul=tuple(knots))
     assert chunk_sizes(world, jagged, 1 << 20)[0][1] <= 512
+
+
+@given(time=step_times(), shard=st.integers(64, 4096), shards=st.integers(1, 4))
+def test_a_new_prompts_chunk_beside_a_decode_costs_its_own_time_in_one_group(time, shard, shards):
+    """The decode is merged over its groups; the chunk beside it lies in one of them."""
+    context = shard * shards
+    alone_s, both_s = tbt_s(time, context, shard), tbt_s(time, context, shard, 32)
+    assert alone_s == pytest.approx(time.step_s((), [shard], shards))
+    own_s = time.step_s([(32, 0)], [shard]) - time.step_s((), [shard])
+    assert both_s - alone_s == pytest.approx(own_s, rel=1e-6, abs=1e-12)

@@ -1,17 +1,22 @@
 """Tuned records: the nearest bucket, and every mismatch said aloud."""
 
+import itertools
+
 import pytest
 from builders import make_plan, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
+from strategies_codegen import loaded
 
+from codegen.emit import emit_program
 from codegen.kernels import load_spec
 from planner import bundle, tuned
-from planner.tuned import choose, chosen, load_records, records_for, sizes_of
+from planner.tuned import choose, chosen, load_records, products_of, records_for, sizes_of
 from plans.codec import dump_file
 from plans.errors import InvalidFile
-from plans.tuned import Bucket, Tuned, nearest
+from plans.mesh import Parallelism
+from plans.tuned import Bucket, Tuned, most_tokens, nearest
 
 SIZES = st.fixed_dictionaries({"tokens": st.integers(1, 9000), "width": st.sampled_from([64, 128])})
 
@@ -55,7 +60,10 @@ def install(folder, device, *records):
 
 def plan_on(device):
     plan = make_plan(model=tiny_model(weight_dtype="bf16"), kv_dtype="bf16")
-    return structs.replace(plan, topology=structs.replace(plan.topology, device=device))
+    # what attention's lists and partial results take on a chip of 132 processors
+    memory = structs.replace(plan.memory, activations_bytes=64 << 20)
+    topology = structs.replace(plan.topology, device=device)
+    return structs.replace(plan, topology=topology, memory=memory)
 
 
 def sha(op):
@@ -122,6 +130,80 @@ def test_each_regime_gives_its_own_parameters():
     )
     sizes = sizes_of(plan_on("h200-sxm-141gb"))
     assert chosen(joined, sizes) == {"DECODE_KEYS": 128, "CHUNK_KEYS": 64}
+
+
+PRODUCTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "n": st.sampled_from([512, 1024]),
+            "k": st.sampled_from([256, 512]),
+            "count": st.integers(1, 3),
+        }
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def timed(tokens, n, k, us, library_us):
+    regime = "few" if tokens <= 32 else "some"
+    return structs.replace(
+        bucket(regime, {"SHORT_K": 256}, tokens=tokens, n=n, k=k), us=us, library_us=library_us
+    )
+
+
+@given(products=PRODUCTS, data=st.data())
+def test_our_products_run_up_to_the_last_tokens_for_which_all_together_are_faster(products, data):
+    time = st.integers(1, 5).map(float)
+    grid = {
+        (tokens, n, k): (data.draw(time), data.draw(time))
+        for tokens in (1, 16, 64)
+        for n in (512, 1024)
+        for k in (256, 512)
+    }
+    buckets = [timed(*key, *times) for key, times in grid.items()]
+    slower = [
+        tokens
+        for tokens in (1, 16, 64)
+        if sum(p["count"] * grid[tokens, p["n"], p["k"]][0] for p in products)
+        > sum(p["count"] * grid[tokens, p["n"], p["k"]][1] for p in products)
+    ]
+    expected = {(): 64, 1: 0, 16: 1, 64: 16}[min(slower) if slower else ()]
+    assert most_tokens(buckets, products) == expected
+
+
+def test_records_without_the_librarys_time_leave_the_bound_alone(tmp_path):
+    assert most_tokens([bucket(tokens=1, n=8, k=8)], [{"n": 8, "k": 8, "count": 1}]) is None
+    install(tmp_path, "h200-sxm-141gb", record("linear"))
+    found = choose(plan_on("h200-sxm-141gb"), sha, "3.6.0", tmp_path)
+    assert found.params == {"linear": {"BLOCK": 512}}
+
+
+def test_a_plan_takes_the_library_where_the_tuner_found_it_faster(tmp_path):
+    plan = plan_on("h200-sxm-141gb")
+    down = {"n": plan.model.hidden, "k": plan.model.ffn}
+    buckets = tuple(timed(t, **down, us=us, library_us=3.0) for t, us in ((1, 2.0), (64, 4.0)))
+    install(tmp_path, "h200-sxm-141gb", record("linear", buckets=buckets))
+    found = choose(plan, sha, "3.6.0", tmp_path)
+    assert found.params == {"linear": {"SHORT_K": 256, "TOKENS_MAX": 1}}
+
+
+@pytest.mark.parametrize("parallelism", [Parallelism(), Parallelism(tp=2), Parallelism(tp=4)])
+def test_a_plans_products_are_those_of_its_program(tmp_path, parallelism):
+    plan = make_plan(model=tiny_model(weight_dtype="bf16"), parallelism=parallelism)
+    with loaded(emit_program(plan), tmp_path) as load:
+        parameters = load("stage_0").PARAMETERS
+    shapes = sorted(
+        tuple(each["shape"])
+        for each in parameters
+        if len(each["shape"]) == 2 and "embed" not in each["name"]
+    )
+    expected = sorted(
+        (each["n"], each["k"])
+        for each in itertools.chain(*products_of(plan).values())
+        for _ in range(each["count"])
+    )
+    assert shapes == expected
 
 
 def test_a_record_under_another_name_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import schedules, step_times, tiny_step_time
 
-from plans.chunks import WorkTable, add_sharded_chunk, chunk_at, split_prompt
+from plans.chunks import WorkTable, add_sharded_chunk, chunk_at, least_solo_s, split_prompt
 from plans.steptime import StepLoad, StepTime
 
 SHARDS = st.integers(16, 1500)
@@ -124,3 +124,29 @@ def test_two_equal_stages_overlap_the_chunks_of_one_prompt():
     time = msgspec.structs.replace(time, pair_s=0.0, key_s=0.0)
     rows = chunk_rows(((1000, 10),), time, 1000)
     assert WorkTable(rows, time, 1000).solo_s(50) == 6.0
+
+
+@given(
+    time=step_times(),
+    cuts=st.lists(st.integers(1, 700), min_size=1, max_size=8),
+    company=st.lists(st.integers(0, 900), min_size=8, max_size=8),
+    shard=SHARDS,
+)
+def test_no_cut_of_a_prompt_and_no_company_beats_its_least_time(time, cuts, company, shard):
+    """Chunks of any sizes, each in a step with so many tokens of others, through the stages."""
+    free, prefix = [0.0] * time.stages, 0
+    for chunk, others in zip(cuts, company, strict=False):
+        rest = chunk
+        while rest:  # a chunk ends where a shard does
+            tokens = min(rest, shard - prefix % shard)
+            load = StepLoad(time)
+            add_sharded_chunk(load, tokens, prefix, shard, behind=int(prefix >= shard))
+            if others:
+                load.add_chunk(others, 0)
+            clock = 0.0
+            for stage, seconds in enumerate(load.stages_s()):
+                clock = max(clock, free[stage]) + seconds
+                free[stage] = clock
+            prefix += tokens
+            rest -= tokens
+    assert free[-1] >= least_solo_s(time, prefix, shard) * (1 - 1e-9)

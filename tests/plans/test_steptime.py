@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import step_times, tables, tiny_step_time
 
-from plans.steptime import Knot, StepLoad, StepTime, table_s
+from plans.steptime import Knot, StepLoad, StepTime, Table, table_s
 
 TOKENS = st.integers(1, 3000)
 PREFIXES = st.integers(0, 100_000)
@@ -108,6 +108,9 @@ def test_table_rises_goes_through_its_rows_and_is_0_at_0(table, ats):
     assert seconds == sorted(seconds)
     assert [table_s(table, knot.at) for knot in table] == [knot.seconds for knot in table]
     assert table_s(table, 0) == table_s((), 5) == 0.0
+    ready = Table(table)
+    for at in (*ats, *(at + 0.5 for at in ats)):
+        assert ready[at] == ready.read(at) == table_s(table, at)  # to the last bit
 
 
 def test_table_keeps_its_last_slope_beyond_its_end_and_is_flat_before_its_start():

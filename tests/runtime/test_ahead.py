@@ -5,18 +5,22 @@ The audit allows one token of a request in flight, and checks everything else as
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_audit import Audit, FeedingExecutor, Run
-from strategies_runtime import requests, sim_plan
+from strategies_runtime import QUANTUM_S, linear_plan, requests, sim_plan
 
 from plans.plan import Plan
 from runtime.clock import VirtualClock
 from runtime.decisions import DecisionLog, read_log, replay
 from runtime.engine import Engine
+from runtime.executor.simulated import AheadExecutor, Host
 from runtime.request import Request
 from runtime.scheduler import load_policy
+from runtime.scheduler.pack import TILE_TOKENS, _whole_tiles
+from runtime.simulate import packs_ahead, simulate
 
 POLICIES = st.sampled_from(["lars", "fcfs", "fcfs,chunk=40", "lars,chunk=7", "fcfs@vllm,chunk=50"])
 
@@ -38,6 +42,78 @@ def test_every_request_ends_and_no_step_breaks_an_invariant(plan, policy, asked)
     run.drain()
     assert {record.reason for record in run.engine.records} == {"length"}
     assert all(record.generated == record.request.max_tokens for record in run.engine.records)
+
+
+@given(others=st.integers(0, 4000), tokens=st.integers(1, 4000))
+def test_a_chunk_loses_only_the_few_tokens_that_would_begin_a_tile(others, tokens):
+    kept = _whole_tiles(others, tokens)
+    tiles = -(-(others + tokens) // TILE_TOKENS)
+    assert tokens - kept <= tokens / 8
+    assert tokens - kept <= TILE_TOKENS / 2
+    if kept < tokens:
+        assert not (others + kept) % TILE_TOKENS
+        assert (others + kept) // TILE_TOKENS == tiles - 1
+    elif others + tokens > TILE_TOKENS:  # a whole number of tiles, or too much of a chunk to lose
+        over = (others + tokens) % TILE_TOKENS
+        assert not over or over > min(tokens / 8, TILE_TOKENS / 2)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "first"), [(True, 2 * TILE_TOKENS), (False, 2 * TILE_TOKENS + 6)]
+)
+def test_steps_end_with_a_tile_only_where_they_are_launched_ahead(ahead, first):
+    plan = linear_plan(idle_budget_s=(2 * TILE_TOKENS + 6) * QUANTUM_S, max_step_tokens=4096)
+    run = Run(plan, "fcfs", ahead=ahead)
+    request = Request(number=0, arrival_s=0.0, prompt_tokens=900, max_tokens=1)
+    run.engine.admit(request, 0.0)
+    step = run.engine.decide(0.0)
+    assert [chunk.tokens for chunk in step.chunks] == [first]
+
+
+HOSTS = st.builds(
+    Host,
+    decide_s=st.sampled_from([0.0, 0.001]),
+    chunk_s=st.sampled_from([0.0, 0.003, 0.05]),
+    decode_s=st.sampled_from([0.0, 0.001]),
+    poll_s=st.sampled_from([0.0, 0.0001]),
+)
+
+
+@settings(max_examples=40)
+@given(crowded_plans(), POLICIES, requests(), HOSTS)
+def test_neither_does_one_taken_late_behind_a_host_of_any_speed(plan, policy, asked, host):
+    scheduling = load_policy(policy, plan.scheduler)
+    audit = Audit(plan, chunk_tokens=scheduling.chunk_tokens, ahead=True)
+    clock = VirtualClock()
+    executor = AheadExecutor(plan, clock, host=host)
+    engine = Engine(plan, executor, clock, scheduling, observer=audit, learn=True, ahead=True)
+    for each in asked:
+        engine.add(each)
+    engine.run()
+    assert {record.reason for record in engine.records} == {"length"}
+    assert len(engine.records) == len(asked)
+    engine.book.check_integrity()
+
+
+def test_a_plan_of_one_gpu_is_simulated_as_it_runs_and_others_as_they_do():
+    plan = sim_plan()
+    cpu = msgspec.structs.replace(
+        plan, topology=msgspec.structs.replace(plan.topology, device="cpu")
+    )
+    gpu = msgspec.structs.replace(
+        plan, topology=msgspec.structs.replace(plan.topology, device="h100-sxm-80gb")
+    )
+    assert packs_ahead(gpu, "lars")
+    assert not packs_ahead(gpu, "fcfs@vllm")  # held against vLLM without a step ahead of ours
+    assert not packs_ahead(cpu, "lars")
+    assert not packs_ahead(sim_plan(spp=2), "lars")
+    asked = [Request(number=0, arrival_s=0.0, prompt_tokens=700, max_tokens=2)]
+    asked.append(Request(number=1, arrival_s=0.0001, prompt_tokens=20, max_tokens=2))
+    ahead, behind = (simulate(each, asked, "srpt").records for each in (gpu, cpu))
+    # the second step was packed before the short prompt had come, else after
+    assert {each.request.number: each.first_token_s for each in ahead}[1] > {
+        each.request.number: each.first_token_s for each in behind
+    }[1]
 
 
 @settings(max_examples=30)

@@ -127,8 +127,8 @@ class SlowHost(SimulatedExecutor):
 
     host_s = 0.05
 
-    def _stages_s(self, step: Step) -> tuple[float, ...]:
-        return tuple(seconds + self.host_s for seconds in super()._stages_s(step))
+    def stages_s(self, step: Step) -> tuple[float, ...]:
+        return tuple(seconds + self.host_s for seconds in super().stages_s(step))
 
 
 def test_host_time_learnt_from_decodes_does_not_shrink_the_chunks_of_later_prompts() -> None:

@@ -1,7 +1,7 @@
 """Rules of `gate_up_silu`: gate above up in one weight; the result is as wide as one of them."""
 
-from codegen.kernels.base import Range, Spec, Value
-from codegen.kernels.linear.spec import DEFAULTS, TUNABLES, product, searches
+from codegen.kernels.base import Largest, Range, Spec, Value
+from codegen.kernels.linear.spec import DEFAULTS, TUNABLES, kept, product, searches
 
 
 def infer(x: Value, weight: Value) -> Value:
@@ -13,15 +13,16 @@ def infer(x: Value, weight: Value) -> Value:
     return Value(shape=(*x.shape[:-1], rows // 2), dtype=x.dtype)
 
 
-def scratch(x: Value, weight: Value) -> tuple[Value, ...]:
+def scratch(steps: Largest, x: Value, weight: Value) -> int:
     """Gate and up, where the library multiplies."""
-    return (Value(shape=(*x.shape[:-1], weight.shape[0]), dtype=x.dtype),)
+    return Value(shape=(*x.shape[:-1], weight.shape[0]), dtype=x.dtype).storage_bytes(steps.sizes)
 
 
 SPEC = Spec(
     op="gate_up_silu",
     infer=infer,
-    scratch=scratch,
+    scratch={"triton": scratch},
+    kept={"triton": kept},
     params=DEFAULTS,
     searches=searches(1),
     ranges=(

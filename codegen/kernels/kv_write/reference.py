@@ -30,7 +30,7 @@ def kv_write(
     if slots_T.numel() == 0:
         return k_pages
     keep_T = slots_T >= 0
-    first = keep_T.int().argmax()
+    any_kept, first = keep_T.any(), keep_T.int().argmax()
     row_T = torch.where(keep_T, torch.arange(len(slots_T), device=slots_T.device), first)
     slot_T = slots_T[row_T].clamp_min(0)
     sides = ((k_TKH, k_pages, k_scales_PK), (v_TKH, v_pages, v_scales_PK))
@@ -42,10 +42,10 @@ def kv_write(
         if scales_PK is not None:
             scale_TK = _scales(x_TKH, slots_T, row_T, slot_T, scales_PK, pages.shape[1])
             page_T = slot_T // pages.shape[1]
-            scales_PK[page_T] = torch.where(keep_T[first], scale_TK, scales_PK[page_T])
+            scales_PK[page_T] = torch.where(any_kept, scale_TK, scales_PK[page_T])
             kept_TKH = (kept_TKH.float() / scale_TK[..., None]).clamp(-FP8_MAX, FP8_MAX)
         rows = kept_TKH.to(flat.dtype).view(raw.dtype)
-        raw[slot_T] = torch.where(keep_T[first], rows, raw[slot_T])
+        raw[slot_T] = torch.where(any_kept, rows, raw[slot_T])
     return k_pages
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 
-from codegen.kernels.base import Compilation, Range, Search, Spec, Value
+from codegen.kernels.base import Compilation, Largest, Range, Search, Spec, Value
 
 POINTERS = ("out", "bias", "q_norm", "k_norm", "k_pages", "v_pages")
 COUNTS = ("tokens", "outputs", "second", "heads", "kv_heads", "tiles", "pieces", "k_blocks")
 TUNABLES = ("TOKENS_MAX", "SHORT_K", "LONG_K", "LEAST_BLOCKS", "WIDE_TILES", "OVERLAP")
 DEFAULTS = dict(zip(TUNABLES, (64, 256, 128, 64, 264, 1), strict=True))
 """Of all ops that take their products from core.py."""
+SHARED_SCRATCH_BYTES = 4 * (512 * 2 * 64 * 64 + 65_536)
+"""As core._scratch: pieces of tiles, and counters, of all ops that take their products there."""
 REGIMES = ("few", "some")
 """At most 32 tokens, and more, up to TOKENS_MAX; as core.SHORT_TOKENS."""
 
@@ -130,6 +132,11 @@ def takes(x: Value, weight: Value, bias: Value | None) -> bool:
     return x.dtype == weight.dtype and x.dtype in {"bf16", "fp16"} and width % 8 == 0
 
 
+def kept(steps: Largest, x: Value, *others: object) -> int:
+    """What the first product of a process allocates for all later ones."""
+    return SHARED_SCRATCH_BYTES if x.dtype in {"bf16", "fp16"} else 0
+
+
 RANGES = (
     Range(tokens_max="TOKENS_MAX", target="triton", params=TUNABLES),
     Range(target="torch"),
@@ -152,4 +159,5 @@ SPEC = Spec(
     ),
     parts=("core", "gluon"),
     takes=takes,
+    kept={"triton": kept},
 )

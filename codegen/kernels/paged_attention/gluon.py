@@ -35,12 +35,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .launch import Describe, Launch, described
+
 block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of 3.7, of 3.6
 STAGES = 2
 """Tiles of K and of V in flight: 128 KB of shared memory at 128 x 128, beside 32 KB of Q. A third
 brings chunks nothing."""
 MIXED_STAGES = 3
 """The same where decodes are among the items: they wait for memory, and the more is on its way."""
+PAGES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 
@@ -385,42 +388,40 @@ def takes(heads: Any) -> bool:
     return types and sizes and heads.group <= 64
 
 
-def attend(
+def describe(base: Any, shape: list[int], strides: list[int], box: list[int]) -> Any:
+    """Descriptor of pages as the kernel's shared memory takes them."""
+    return TensorDescriptor(base, shape, strides, box, PAGES)
+
+
+def prepared(
     grid: tuple[int],
     arguments: dict[str, Any],
-    k_flat: torch.Tensor,
-    v_flat: torch.Tensor,
+    constants: dict[str, Any],
     *,
     one_masked_tile: bool,
     mixed: bool,
-) -> None:
-    """Runs a list; k_flat, v_flat [pages x page tokens, K x H], the rest as the Triton kernel's."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    box = [arguments["PAGE"], arguments["HEAD"]]
-    attention_kernel[grid](
-        **arguments,
-        k_desc=TensorDescriptor.from_tensor(k_flat, box, layout),
-        v_desc=TensorDescriptor.from_tensor(v_flat, box, layout),
-        ONE_MASKED_TILE=one_masked_tile,
-        MIXED=mixed,
-        STAGES=MIXED_STAGES if mixed else STAGES,
-        CONSUMER=CONSUMER_REGISTERS,
-        PRODUCER=PRODUCER_REGISTERS,
-        num_warps=4,
-    )
+) -> tuple[Launch, Describe]:
+    """A launch of a list; arguments and constants are those that the Triton kernel has too."""
+    own = {
+        "ONE_MASKED_TILE": one_masked_tile,
+        "MIXED": mixed,
+        "STAGES": MIXED_STAGES if mixed else STAGES,
+        "CONSUMER": CONSUMER_REGISTERS,
+        "PRODUCER": PRODUCER_REGISTERS,
+        "num_warps": 4,
+    }
+    return Launch(attention_kernel, grid, arguments, constants | own), describe
 
 
 def try_out(device: torch.device, heads: Any) -> None:
     """Compiles and runs all forms on one token without keys; raises where they do not work."""
     width = heads.kv_heads * heads.head_dim
     q_TNH = torch.zeros(width * heads.group, dtype=heads.dtype, device=device)
-    pages = torch.zeros((heads.page_tokens, width), dtype=heads.page_dtype, device=device)
+    shape = (1, heads.page_tokens, heads.kv_heads, heads.head_dim)
+    pages = torch.zeros(shape, dtype=heads.page_dtype, device=device)
     floats = torch.zeros(128 * width, dtype=torch.float32, device=device)
     item = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0, -1, 0, 0, 1]], dtype=torch.int32, device=device)
     arguments = {
-        "q_ptr": q_TNH,
-        "out_ptr": torch.empty_like(q_TNH),
-        "lse_ptr": floats,
         "partial_ptr": floats,
         "partial_lse_ptr": floats,
         "items_ptr": item,
@@ -431,12 +432,23 @@ def try_out(device: torch.device, heads: Any) -> None:
         "heads_together": 1,
         "kv_heads": heads.kv_heads,
         "group": heads.group,
+        "tile_tokens": 1 << (128 // heads.group).bit_length() - 1,
+    }
+    constants = {
         "HEAD": heads.head_dim,
         "PAGE": heads.page_tokens,
         "BLOCK_S": 128,
-        "tile_tokens": 1 << (128 // heads.group).bit_length() - 1,
         "FIELDS": item.shape[1],
     }
+    box = (heads.page_tokens, heads.head_dim)
+    given = {
+        "q_ptr": q_TNH,
+        "out_ptr": torch.empty_like(q_TNH),
+        "lse_ptr": floats,
+        "k_desc": described(pages, box, describe),
+        "v_desc": described(pages, box, describe),
+    }
     for masked, mixed in itertools.product((True, False), repeat=2):
-        attend((1,), arguments, pages, pages, one_masked_tile=masked, mixed=mixed)
+        launch, _ = prepared((1,), arguments, constants, one_masked_tile=masked, mixed=mixed)
+        launch(given)
     torch.cuda.synchronize(device)

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 LOGITS = 1 << 24
-"""Logits held at once (64 MiB in fp32): long chunks are taken in blocks of queries."""
+"""Logits, or numbers of decodes' keys, held at once (64 MiB in fp32): chunks are taken in blocks of
+queries, decodes in batches."""
 
 
 class Packed(Protocol):
@@ -43,11 +44,12 @@ def paged_attention(
     lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, dtype=torch.float32, device=q_TNH.device)
     starts, kv_lens = inputs.query_starts_B1.tolist(), inputs.kv_lens_B.tolist()
     sizes = [end - start for start, end in pairwise(starts)]
+    wide = max(q_TNH.shape[1], k_pages.shape[2] * k_pages.shape[3])  # of a key: logits, or itself
     single = [b for b, size in enumerate(sizes) if size == 1 and kv_lens[b]]
     while single:
         # decodes of similar length share a batch, so that padding costs little
         single.sort(key=kv_lens.__getitem__)
-        room = max(LOGITS // (q_TNH.shape[1] * kv_lens[single[-1]]), 1)
+        room = max(LOGITS // (wide * kv_lens[single[-1]]), 1)
         batch = [b for b in single[-room:] if 2 * kv_lens[b] >= kv_lens[single[-1]]]
         del single[-len(batch) :]
         rows = [starts[b] for b in batch]

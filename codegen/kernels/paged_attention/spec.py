@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from codegen.kernels.base import Compilation, Search, Spec, Value
 
+from .scratch import library_scratch, torch_scratch, triton_kept
+
 FIELDS = 12
 """As work.ITEM_FIELDS."""
 TYPES = {
@@ -90,7 +92,15 @@ def flash_attn_takes(
 
 
 def _triton(
-    rows: int, keys: int, head: int, page: int, stages: int, warps: int, pages: str = "bf16"
+    rows: int,
+    keys: int,
+    head: int,
+    page: int,
+    stages: int,
+    warps: int,
+    pages: str = "bf16",
+    *,
+    merged: bool = False,
 ) -> Compilation:
     scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), "*fp32")
     boxes = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{pages}[{keys}, {head}]>")
@@ -106,11 +116,12 @@ def _triton(
             "MASK_ALL": rows < 64,
             "SCALED": pages != "bf16",
             "CAST_ASM": pages != "bf16",
-            "MERGED": rows < 64,
+            "MERGED": merged,
             "MERGE_ROWS": 4,
             "MERGE_SLOTS": 32,
             "STAGES": stages,
             "FIELDS": FIELDS,
+            "OVERLAP": int(rows < 64),
         },
         num_warps=warps,
         num_stages=stages,
@@ -159,23 +170,25 @@ def _short(params: Mapping[str, int], sizes: Mapping[str, int]) -> tuple[Compila
     return (_triton(rows, keys, sizes["head_dim"], sizes["page_tokens"], stages, warps),)
 
 
-MERGE = Compilation(
-    kernel="merge_kernel",
-    module="tiles",
-    types={**{name: each for name, each in TYPES.items() if name.endswith("_ptr")},
-           "merges_ptr": "*i32", "tile_tokens": "i32"},
-    constants={
-        "KV_HEADS": 8,
-        "GROUP": 4,
-        "HEAD": 128,
-        "BLOCK_M": 16,
-        "ROWS": 4,
-        "SLOTS": 8,
-        "FIELDS": 5,
-    },
-    num_warps=1,
-    streams=True,
-)  # fmt: skip
+def _merge(rows: int, slots: int) -> Compilation:
+    pointers = {name: each for name, each in TYPES.items() if name.endswith("_ptr")}
+    return Compilation(
+        kernel="merge_kernel",
+        module="tiles",
+        types={**pointers, "merges_ptr": "*i32", "tile_tokens": "i32"},
+        constants={
+            "KV_HEADS": 8,
+            "GROUP": 4,
+            "HEAD": 128,
+            "BLOCK_M": 16,
+            "ROWS": rows,
+            "SLOTS": slots,
+            "FIELDS": 5,
+            "OVERLAP": 1,
+        },
+        num_warps=1,
+        streams=True,
+    )
 
 
 SPEC = Spec(
@@ -200,6 +213,9 @@ SPEC = Spec(
         "FUSED_ROWS": 128,
         "MERGE_WARPS": 1,
         "MERGE_ROWS": 32,
+        "FEW_TOKENS": 16,
+        "FEW_SLOTS": 8,
+        "OVERLAP": 1,
         "DECODE_RESIDENT": 3,
         "DECODE_WAVES": 1,
         "DECODE_COST_HOPPER": 70,
@@ -243,14 +259,19 @@ SPEC = Spec(
         _triton(16, 128, 128, 128, 3, 4, "fp8e4nv"),
         _triton(64, 128, 128, 128, 2, 4, "fp8e4nv"),
         _triton(64, 64, 64, 64, 2, 4, "fp8e4nv"),
-        MERGE,
+        _triton(16, 128, 128, 128, 3, 4, merged=True),
+        _merge(4, 8),
+        _merge(1, 8),
+        _merge(1, 32),
         _gluon(128, 128, one_masked_tile=True),
         _gluon(128, 64, one_masked_tile=False),
         _gluon(64, 128, one_masked_tile=True),
         _gluon(128, 128, one_masked_tile=True, mixed=True),
         _gluon(128, 64, one_masked_tile=False, mixed=True),
     ),
-    parts=("work", "tiles", "gluon"),
+    parts=("work", "recorded", "launch", "tiles", "gluon"),
     takes=takes,
     libraries={"flash_attn": flash_attn_takes},
+    scratch={"torch": torch_scratch, "flash_attn": library_scratch},
+    kept={"triton": triton_kept},
 )

@@ -9,6 +9,17 @@ Pages of fp8 hold x / scale, a power of two for each page and KV head (kv_write)
 fp16, into which e4m3 goes exactly and in one instruction a pair; bf16 would take three. K's scale
 multiplies the logits, V's the shares, as a ratio to the first tile's, so that fp16 holds them.
 
+On Hopper launches of decodes overlap (programmatic dependent launch), which is safe since:
+- Every kernel that starts early waits, in every block, for the whole launch before it and for what
+  that wrote (`griddepcontrol.wait`); others start after it anyway. So a launch ends after the one
+  before it has ended, and by induction after all before: what follows a wait is behind all of them,
+  not only the last. Layer n + 1 writes partial results and counters behind its wait, when the merge
+  of layer n, which reads them, has ended, however early the kernels between have started.
+- Attention does nothing before its wait. The merge reads its list before it: no kernel of the
+  step's layers writes lists, and whatever did so had ended before attention let the merge start,
+  behind its own wait; the list is read past L1, from where the writes had arrived.
+- The kernel behind the merge reads weights alone before its wait.
+
 T tokens of the step, N query heads, K KV heads, G = N / K, M rows and S keys of a tile, H head
 size, R pieces of a tile.
 """
@@ -192,7 +203,11 @@ def attention_kernel(  # noqa: PLR0915 - an item from its row of the list to its
     MERGE_SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
+    OVERLAP: tl.constexpr = 0,
 ):
+    if OVERLAP:  # in this order, so that whatever starts then finds the lists of the step written
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     if heads_together > 0:
         batch = pid // (items * heads_together)
@@ -295,19 +310,27 @@ def merge_kernel(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     FIELDS: tl.constexpr,
+    OVERLAP: tl.constexpr = 0,
 ):
-    """One token of one tile: grid (merges x tile_tokens, KV heads)."""
+    """ROWS of a KV head's query heads at one token: grid (merges x tile_tokens, KV heads x their
+    parts of ROWS)."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    PARTS: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     at = tl.program_id(0) % tile_tokens
-    head = tl.program_id(1)
+    head = tl.program_id(1) // PARTS
+    row = tl.program_id(1) % PARTS * ROWS
     merge_ptr = merges_ptr + tl.program_id(0) // tile_tokens * FIELDS
-    first = tl.load(merge_ptr)
-    pieces = tl.load(merge_ptr + 1)
-    token = tl.load(merge_ptr + 2) + at
-    begin = tl.load(merge_ptr + 3)
-    stop = tl.load(merge_ptr + 4)
+    first = tl.load(merge_ptr, cache_modifier=".cg")  # before the wait: see the module's docstring
+    pieces = tl.load(merge_ptr + 1, cache_modifier=".cg")
+    token = tl.load(merge_ptr + 2, cache_modifier=".cg") + at
+    begin = tl.load(merge_ptr + 3, cache_modifier=".cg")
+    stop = tl.load(merge_ptr + 4, cache_modifier=".cg")
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     if (pieces > 1) & (token >= begin) & (token < stop):
-        place = token.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
+        place = token.to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + row
         _merged(
-            partial_ptr, partial_lse_ptr, first, pieces, head, KV_HEADS, at * GROUP, GROUP, out_ptr,
-            lse_ptr, place, HEAD, BLOCK_M, ROWS, SLOTS,
+            partial_ptr, partial_lse_ptr, first, pieces, head, KV_HEADS, at * GROUP + row,
+            GROUP - row, out_ptr, lse_ptr, place, HEAD, BLOCK_M, ROWS, SLOTS,
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
 Steps of decodes take the portable kernel of tiles.py with few rows; chunks take it with 64, or on
 Hopper the one of gluon.py with 128. A step with both is one launch from one list where that is
-faster (`saves`). Pieces of a decode are merged by the last of them to end, those of a chunk by a
-second launch.
+faster (`saves`). Pieces are merged by a second launch; where that cannot start early, those of a
+decode by the last of them to end.
 
 What an unwritten slot of a used page holds must be finite, since 0 x NaN is NaN: pools are zeroed.
 
@@ -12,26 +12,28 @@ H head size.
 """
 
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import Describe, Launch, described, may_overlap, processors
+from .recorded import recorded_decodes
 from .tiles import attention_kernel, merge_kernel
 from .work import (
-    Queries,
     WorkList,
     chunk_list,
     mixed_list,
     packed_decodes,
-    recorded_decodes,
     saves,
+    sent,
+    sequences_of,
 )
 
 CHUNK_ROWS = 64
@@ -62,7 +64,9 @@ DECODE_WAVES = 1
 DECODE_LEAST = 1
 """Tiles of keys of a decode's shortest piece."""
 FUSE_MERGE = 1
-"""1: the last piece of a decode merges all; 0: a second launch does."""
+"""The last piece of a decode merges all: 2 always, 1 where launches cannot overlap, 0 never."""
+OVERLAP = 1
+"""1: launches of decodes start before the one before has ended, from Hopper on."""
 APART_TILES = 4
 """A second launch merges pieces up to so many tiles of keys: many small blocks are faster then."""
 MIXED = 1
@@ -76,6 +80,10 @@ Gluon one warpgroup of two works, in the portable kernel all do."""
 MERGE_WARPS = 1
 MERGE_ROWS = 32
 """Rows of partial results that a program of the merge, which takes a token and KV head, holds."""
+FEW_TOKENS = 16
+"""Below so many tokens a program of a decode's merge takes one row: the chip has room for all."""
+FEW_SLOTS = 8
+"""It holds so many partial results, where tokens have no more on average, else `MERGE_SLOTS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +100,14 @@ class Form:
     """Blocks that an SM holds at once."""
     fused: bool = False
     """The last piece of a tile merges them all."""
-    hopper: Callable[..., None] | None = None
-    """Runs the Gluon kernel, where that one is used."""
+    decode: bool = False
+    overlap: bool = False
+    """Its launches may start before the one before has ended."""
+    hopper: Callable[..., tuple[Launch, Describe]] | None = None
+    """Prepares a launch of the Gluon kernel, where that one is used."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Heads:
+class Heads(NamedTuple):
     """What the kernels know of the model and its pages when they are compiled."""
 
     kv_heads: int
@@ -125,8 +135,6 @@ def paged_attention(
     scales  of pages in fp8, as kv_write leaves them
     """
     q_TNH = q_TNH.contiguous()
-    out_TNH = torch.empty_like(q_TNH)
-    lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32, device=q_TNH.device)
     heads = Heads(
         kv_heads=k_pages.shape[2],
         group=q_TNH.shape[1] // k_pages.shape[2],
@@ -135,36 +143,74 @@ def paged_attention(
         dtype=q_TNH.dtype,
         page_dtype=k_pages.dtype,
     )
-    for form, work in _step(heads, q_TNH, inputs) if q_TNH.shape[0] else ():
-        _attend(
-            form,
-            work,
-            heads,
-            (q_TNH, out_TNH, lse_TN),
-            (k_pages, v_pages),
-            (k_scales_PK, v_scales_PK),
-            inputs,
-            scale,
-        )
+    results = getattr(inputs, "results", None)
+    if results is None:
+        lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32, device=q_TNH.device)
+        results = (torch.empty_like(q_TNH), lse_TN)
+    out_TNH, lse_TN = results
+    tensors = (q_TNH, out_TNH, lse_TN, k_pages, v_pages, k_scales_PK, v_scales_PK)
+    for call in _step(heads, q_TNH, inputs, scale) if q_TNH.shape[0] else ():
+        call(*tensors)
     return out_TNH, lse_TN
 
 
-def _step(heads: Heads, q_TNH: torch.Tensor, inputs: Any) -> list[tuple[Form, WorkList]]:
-    """The launches of a step; the first layer that asks builds them for all."""
+class Call(NamedTuple):
+    """The launches of a list, for all layers of a step."""
+
+    attention: Launch
+    merge: Launch | None
+    box: tuple[int, int]
+    describe: Describe
+    scaled: bool
+
+    def __call__(
+        self,
+        q_TNH: torch.Tensor,
+        out_TNH: torch.Tensor,
+        lse_TN: torch.Tensor,
+        *pages: torch.Tensor | None,
+    ) -> None:
+        """Runs a layer; pages and, where they are in fp8, their scales: of keys and of values."""
+        k_pages, v_pages, *scales = pages
+        results = {"out_ptr": out_TNH, "lse_ptr": lse_TN}
+        tensors = {
+            "q_ptr": q_TNH,
+            **results,
+            "k_desc": described(k_pages, self.box, self.describe),
+            "v_desc": described(v_pages, self.box, self.describe),
+        }
+        if self.scaled:
+            tensors["k_scales_ptr"], tensors["v_scales_ptr"] = scales
+        self.attention(tensors)
+        if self.merge is not None:
+            self.merge(results)
+
+
+def _step(heads: Heads, q_TNH: torch.Tensor, inputs: Any, scale: float) -> list[Call]:
+    """The launches of a step; the first layer that asks prepares them for all.
+
+    Layers run one after the other, on one stream: they share the buffers of partial results.
+    """
     memo: dict[Any, Any] = getattr(inputs, "memo", {})
-    key = ("paged_attention", heads)
+    key = ("paged_attention", heads, scale)
     if key not in memo:
-        memo[key] = _launches(heads, q_TNH, inputs)
-    found: list[tuple[Form, WorkList]] = memo[key]
+        lists = ("paged_attention", heads)
+        if lists not in memo:
+            memo[lists] = _launches(heads, q_TNH, inputs)
+        table_BP = inputs.page_table_BP
+        memo[key] = [_prepared(*each, heads, table_BP, scale) for each in memo[lists]]
+    found: list[Call] = memo[key]
     return found
 
 
 def _launches(heads: Heads, q_TNH: torch.Tensor, inputs: Any) -> list[tuple[Form, WorkList]]:
+    """What a step launches: a list for chunks, a list for decodes, or one for both."""
     tokens, device = q_TNH.shape[0], q_TNH.device
-    decode = decode_form(heads)
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        _compile_all(device, heads)
+    decode = decode_form(heads, device)
     at_once = processors(device) * decode.resident
     blocks_a_head = max(1, DECODE_WAVES * at_once // heads.kv_heads)
-    host = getattr(inputs, "host", None)
     if getattr(inputs, "recorded", False):
         assert tokens == len(inputs.kv_lens_B), "recorded steps have one token a sequence"
         recorded = recorded_decodes(
@@ -174,8 +220,8 @@ def _launches(heads: Heads, q_TNH: torch.Tensor, inputs: Any) -> list[tuple[Form
             blocks_a_head=blocks_a_head,
             least=DECODE_LEAST,
         )
-        return [(decode, recorded.counting(heads.kv_heads))]
-    sequences = _queries(inputs, host, tokens)
+        return [(decode, recorded.counting(heads.kv_heads) if decode.fused else recorded)]
+    sequences = sequences_of(inputs, tokens)
     decodes = [each for each in sequences if each.end - each.begin <= decode.tile_tokens]
     chunks = [each for each in sequences if each.end - each.begin > decode.tile_tokens]
     found = []
@@ -190,25 +236,26 @@ def _launches(heads: Heads, q_TNH: torch.Tensor, inputs: Any) -> list[tuple[Form
         mixed = {**sizes, "decode_cost": cost / 100}
         if decodes and MIXED and (MIXED > 1 or saves(chunks, decodes, **mixed)):
             together = _heads_together(heads, inputs.page_table_BP.shape[1])
-            work = mixed_list(chunks, decodes, heads_together=together, **mixed)
-            return [(form, work.to(device))]
-        work = chunk_list(chunks, **sizes)
-        found.append((form, work.to(device)))
+            found.append((form, mixed_list(chunks, decodes, heads_together=together, **mixed)))
+            decodes = []
+        else:
+            found.append((form, chunk_list(chunks, **sizes)))
     if decodes:
         work = packed_decodes(
             decodes, tile_keys=decode.keys, blocks_a_head=blocks_a_head, least=DECODE_LEAST
         )
-        longest = int((work.items_IF[:, 7] - work.items_IF[:, 6]).max())
-        if longest <= APART_TILES:
+        if work.longest <= APART_TILES:
             decode = replace(decode, fused=False)
-        found.append((decode, work.to(device).counting(heads.kv_heads)))
-    return found
+        found.append((decode, work.counting(heads.kv_heads) if decode.fused else work))
+    lists = sent([work for _, work in found], device)
+    return [(form, work) for (form, _), work in zip(found, lists, strict=True)]
 
 
-def decode_form(heads: Heads) -> Form:
+def decode_form(heads: Heads, device: torch.device) -> Form:
     """Tiles of 16 rows, or of one token's query heads where those are more."""
     rows = max(16, triton.next_power_of_2(heads.group))
     keys = min(DECODE_KEYS, heads.page_tokens)
+    overlap = OVERLAP == 1 and may_overlap(device)
     buffers = DECODE_STAGES * keys * 2 * heads.head_dim * heads.page_dtype.itemsize
     return Form(
         rows=rows,
@@ -217,7 +264,9 @@ def decode_form(heads: Heads) -> Form:
         stages=DECODE_STAGES,
         warps=DECODE_WARPS,
         resident=max(1, min(DECODE_RESIDENT, 220_000 // buffers)),
-        fused=bool(FUSE_MERGE) and rows < 64,
+        fused=(FUSE_MERGE > 1 or (FUSE_MERGE == 1 and not overlap)) and rows < 64,
+        decode=True,
+        overlap=overlap,
     )
 
 
@@ -243,56 +292,28 @@ def _power_of_two(limit: int) -> int:
     return 1 << limit.bit_length() - 1
 
 
-def _queries(inputs: Any, host: Any, tokens: int) -> list[Queries]:
-    """The sequences that have tokens, and the rows behind the last one, which see no keys."""
-    if host is None:
-        starts, kv_lens = inputs.query_starts_B1.tolist(), inputs.kv_lens_B.tolist()
-        first_T = inputs.query_starts_B1[:-1].long().clamp_max(tokens - 1)
-        causal = inputs.slots_T[first_T].ge(0).tolist()
-    else:
-        starts, kv_lens, causal = host.query_starts, host.kv_lens, host.causal
-    found = [
-        Queries(sequence=b, begin=begin, end=end, keys=kv_lens[b], causal=causal[b])
-        for b, (begin, end) in enumerate(pairwise(starts))
-        if end > begin
-    ]
-    if starts[-1] < tokens:
-        found.append(Queries(sequence=0, begin=starts[-1], end=tokens, keys=0, causal=False))
-    return found
-
-
-def _attend(
-    form: Form,
-    work: WorkList,
-    heads: Heads,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    pages: tuple[torch.Tensor, torch.Tensor],
-    scales: tuple[torch.Tensor | None, torch.Tensor | None],
-    inputs: Any,
-    scale: float,
-) -> None:
-    """Runs one list: attention, and the merge where tiles are in pieces. tensors: q, out, lse."""
-    q_TNH, out_TNH, lse_TN = tensors
+def _prepared(
+    form: Form, work: WorkList, heads: Heads, table_BP: torch.Tensor, scale: float
+) -> Call:
+    """The launches of one list: attention, and the merge where tiles are in pieces."""
+    device = work.items_IF.device
     rows = work.slots * heads.kv_heads * form.rows
-    partial = torch.empty((rows, heads.head_dim), dtype=torch.float32, device=q_TNH.device)
-    partial_lse = torch.empty(rows, dtype=torch.float32, device=q_TNH.device)
-    flat = [each.view(-1, heads.kv_heads * heads.head_dim) for each in pages]
-    together = _heads_together(heads, inputs.page_table_BP.shape[1])
+    partial = torch.empty((rows, heads.head_dim), dtype=torch.float32, device=device)
+    partial_lse = torch.empty(rows, dtype=torch.float32, device=device)
+    partials = {"partial_ptr": partial, "partial_lse_ptr": partial_lse}
     arguments = {
-        "q_ptr": q_TNH,
-        "out_ptr": out_TNH,
-        "lse_ptr": lse_TN,
-        "partial_ptr": partial,
-        "partial_lse_ptr": partial_lse,
+        **partials,
         "items_ptr": work.items_IF,
-        "table_ptr": inputs.page_table_BP,
+        "table_ptr": table_BP,
         "scale2": scale * math.log2(math.e),
         "items": len(work.items_IF),
-        "table_stride": inputs.page_table_BP.stride(0),
+        "table_stride": table_BP.stride(0),
         "kv_heads": heads.kv_heads,
         "group": heads.group,
         "tile_tokens": form.tile_tokens,
-        "heads_together": 0 if work.heads_named else together,
+        "heads_together": 0 if work.heads_named else _heads_together(heads, table_BP.shape[1]),
+    }
+    constants = {
         "HEAD": heads.head_dim,
         "PAGE": heads.page_tokens,
         "BLOCK_S": form.keys,
@@ -300,49 +321,101 @@ def _attend(
     }
     merge_rows = triton.next_power_of_2(heads.group)
     grid = (len(work.items_IF) * (1 if work.heads_named else heads.kv_heads),)
+    scaled = heads.page_dtype == torch.float8_e4m3fn
+    early = {"OVERLAP": int(form.overlap), "launch_pdl": form.overlap}
     if form.hopper:
-        mixed = work.heads_named
-        form.hopper(grid, arguments, *flat, one_masked_tile=work.one_masked_tile, mixed=mixed)
-    else:
-        box = [form.keys, heads.head_dim]
-        scaled = heads.page_dtype == torch.float8_e4m3fn
-        k_scales, v_scales = scales if scaled else (partial_lse, partial_lse)
-        attention_kernel[grid](
-            **arguments,
-            counters_ptr=work.items_IF if work.counters is None else work.counters,
-            k_scales_ptr=k_scales,
-            v_scales_ptr=v_scales,
-            k_desc=TensorDescriptor.from_tensor(flat[0], box),
-            v_desc=TensorDescriptor.from_tensor(flat[1], box),
-            BLOCK_M=form.rows,
-            MASK_ALL=form.rows < 64,
-            SCALED=scaled,
-            CAST_ASM=scaled and q_TNH.is_cuda,
-            MERGED=form.fused,
-            MERGE_ROWS=merge_rows,
-            MERGE_SLOTS=max(1, min(MERGE_SLOTS, FUSED_ROWS // merge_rows)),
-            STAGES=form.stages,
-            num_warps=form.warps,
-            num_stages=form.stages,
+        box, scaled = (heads.page_tokens, heads.head_dim), False
+        attention, describe = form.hopper(
+            grid,
+            arguments,
+            constants,
+            one_masked_tile=work.one_masked_tile,
+            mixed=work.heads_named,
         )
+    else:
+        box, describe = (form.keys, heads.head_dim), TensorDescriptor
+        arguments["counters_ptr"] = work.items_IF if work.counters is None else work.counters
+        if not scaled:
+            arguments |= {"k_scales_ptr": partial_lse, "v_scales_ptr": partial_lse}
+        constants |= {
+            "BLOCK_M": form.rows,
+            "MASK_ALL": form.rows < 64,
+            "SCALED": scaled,
+            "CAST_ASM": scaled and device.type == "cuda",
+            "MERGED": form.fused,
+            "MERGE_ROWS": merge_rows,
+            "MERGE_SLOTS": max(1, min(MERGE_SLOTS, FUSED_ROWS // merge_rows)),
+            "STAGES": form.stages,
+            "num_warps": form.warps,
+            "num_stages": form.stages,
+            **early,
+        }
+        attention = Launch(attention_kernel, grid, arguments, constants)
+    merge = None
     if work.merges_MF is not None and not form.fused:
         tokens = min(form.tile_tokens, work.most_tokens)
-        merge_kernel[(len(work.merges_MF) * tokens, heads.kv_heads)](
-            partial,
-            partial_lse,
-            work.merges_MF,
-            out_TNH,
-            lse_TN,
-            tokens,
-            KV_HEADS=heads.kv_heads,
-            GROUP=heads.group,
-            HEAD=heads.head_dim,
-            BLOCK_M=form.rows,
-            ROWS=merge_rows,
-            SLOTS=max(1, MERGE_ROWS // merge_rows),
-            FIELDS=work.merges_MF.shape[1],
-            num_warps=MERGE_WARPS,
+        merges = len(work.merges_MF)
+        slots = max(1, MERGE_ROWS // merge_rows)
+        if form.decode and merges * tokens < FEW_TOKENS:
+            merge_rows = 1
+            slots = FEW_SLOTS if work.slots <= FEW_SLOTS * merges else MERGE_SLOTS
+        merge = Launch(
+            merge_kernel,
+            (merges * tokens, heads.kv_heads * triton.cdiv(heads.group, merge_rows)),
+            {**partials, "merges_ptr": work.merges_MF, "tile_tokens": tokens},
+            {
+                "KV_HEADS": heads.kv_heads,
+                "GROUP": heads.group,
+                "HEAD": heads.head_dim,
+                "BLOCK_M": form.rows,
+                "ROWS": merge_rows,
+                "SLOTS": slots,
+                "FIELDS": work.merges_MF.shape[1],
+                "num_warps": MERGE_WARPS,
+                **early,
+            },
         )
+    return Call(attention=attention, merge=merge, box=box, describe=describe, scaled=scaled)
+
+
+@functools.cache
+def _compile_all(device: torch.device, heads: Heads) -> None:
+    """Compiles every form, so that none is in the midst of serving: one may take half a second."""
+    tokens = (1, heads.kv_heads * heads.group)
+    q_TNH = torch.zeros((*tokens, heads.head_dim), dtype=heads.dtype, device=device)
+    shape = (1, heads.page_tokens, heads.kv_heads, heads.head_dim)
+    pages = torch.zeros(shape, dtype=heads.page_dtype, device=device)
+    scales_PK = torch.zeros((1, heads.kv_heads), device=device)
+    lse_TN = torch.empty(tokens, device=device)
+    tensors = (q_TNH, torch.empty_like(q_TNH), lse_TN, pages, pages, scales_PK, scales_PK)
+    for call in every_call(device, heads):
+        call(*tensors)
+    torch.cuda.synchronize(device)
+
+
+def every_call(device: torch.device, heads: Heads) -> list[Call]:
+    """A call of each form that a step can take, on a token without keys."""
+    decode = decode_form(heads, device)
+    apart = replace(decode, fused=False)
+    forms = [decode, apart, *{chunk_form(heads, device, longest) for longest in (1, 1 << 20)}]
+    item = [[0, 0, 0, 1, 0, 0, 0, 0, -1, 0, 0, 1]]
+
+    def work(merges: int, slots: int) -> WorkList:
+        return WorkList(
+            items_IF=torch.tensor(item, dtype=torch.int32, device=device),
+            merges_MF=torch.tensor([[0, 1, 0, 0, 1]] * merges, dtype=torch.int32, device=device),
+            slots=slots,
+            one_masked_tile=False,
+        )
+
+    table_BP = torch.zeros((1, 1), dtype=torch.int32, device=device)
+    lists = [
+        (form, replace(work(FEW_TOKENS, 1), one_masked_tile=one, heads_named=named))
+        for form in forms
+        for one, named in itertools.product((False, True), repeat=2)
+    ]
+    lists += [(apart, work(1, slots)) for slots in (FEW_SLOTS, FEW_SLOTS + 1)]
+    return [_prepared(*each, heads, table_BP, 1.0) for each in lists]
 
 
 def _heads_together(heads: Heads, pages: int) -> int:
@@ -353,27 +426,19 @@ def _heads_together(heads: Heads, pages: int) -> int:
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the device; a CPU, where the interpreter runs, counts as few."""
-    if device.type != "cuda":
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _hopper(device: torch.device, heads: Heads) -> Callable[..., None] | None:
-    """What runs the Gluon kernel, tried once; None where it is of no use, said where it fails.
+def _hopper(device: torch.device, heads: Heads) -> Callable[..., tuple[Launch, Describe]] | None:
+    """What prepares the Gluon kernel, tried once; None where it is of no use, said where it fails.
 
     The try compiles it, so that no step does.
     """
     if not GLUON or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        from .gluon import attend, takes, try_out  # noqa: PLC0415 - Hopper's only
+        from .gluon import prepared, takes, try_out  # noqa: PLC0415 - Hopper's only
 
         if takes(heads):
             try_out(device, heads)
-            return attend
+            return prepared
     except Exception as error:  # noqa: BLE001 - whatever a compiler of another version raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(

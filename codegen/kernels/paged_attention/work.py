@@ -1,10 +1,12 @@
 """The work lists of paged attention: which tiles of queries meet which tiles of keys, and when.
 
-Built once a step, for all its layers, from numbers that the host already has; or, while a CUDA
-graph is recorded, by tensor operations on the device, so that replays follow the lengths in the
-step's tensors. A launch then reads its list, and no kernel searches for its sequence. A step with
-chunks and decodes is one list (`mixed_list`), in which decodes read memory beside the chunks'
-products.
+Built once a step, for all its layers, from numbers that the host already has; for steps that are
+recorded by recorded.py, on the device. A launch then reads its list, and no kernel searches for its
+sequence. A step with chunks and decodes is one list (`mixed_list`), in which decodes read memory
+beside the chunks' products.
+
+Lists of the host are built in numpy, and sent in one copy: a step's first attention waits for them,
+and torch takes longer for an operation on a few numbers, much longer where it wakes its threads.
 
 A tile is up to `tile_tokens` queries of one sequence with all query heads of one KV head; its keys
 come in tiles of `tile_keys`. Where tiles are too few to fill the chip their keys are cut in pieces,
@@ -13,8 +15,14 @@ each of which leaves a partial result that a second kernel merges.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 ITEM_FIELDS = 12
 """Columns of an item, int32:
@@ -54,8 +62,12 @@ LEAST_GAIN = 0.02
 """A mixed step is one list where the estimate says that it saves this share."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Queries:
+SENT_MULTIPLE = 64
+"""Where each tensor of a copy begins, in numbers of 4 bytes: kernels want pointers that 16 divides.
+"""
+
+
+class Queries(NamedTuple):
     """One sequence's share of a step."""
 
     sequence: int
@@ -79,23 +91,13 @@ class WorkList:
     """Only the last tile of keys of a tile of queries can hold a key that a query must not see."""
     most_tokens: int = 1
     """Queries of the largest tile among the merges."""
+    longest: int = 0
+    """Tiles of keys of the longest item, in lists of packed decodes."""
     heads_named: bool = False
     """Items name their KV head: those of a mixed step, in the order in which they should start."""
     counters: torch.Tensor | None = None
     """Zeros, one a slot and KV head, where the last piece of a tile merges it; zeros again when a
     launch has ended, so that layers and replays share them."""
-
-    def to(self, device: torch.device) -> "WorkList":
-        """The list in the memory of the device; the copy does not wait for it."""
-        merges = self.merges_MF
-        return WorkList(
-            items_IF=_sent(self.items_IF, device),
-            merges_MF=None if merges is None else _sent(merges, device),
-            slots=self.slots,
-            one_masked_tile=self.one_masked_tile,
-            most_tokens=self.most_tokens,
-            heads_named=self.heads_named,
-        )
 
     def counting(self, kv_heads: int) -> "WorkList":
         """The list with counters, on the device of its items."""
@@ -104,10 +106,59 @@ class WorkList:
         return replace(self, counters=counters)
 
 
-def _sent(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # the driver takes up to 64 KiB of pageable memory into its queue at once
-    pinned = host.pin_memory() if device.type == "cuda" and host.nbytes > 65_536 else host
-    return pinned.to(device, non_blocking=True)
+def sequences_of(inputs: Any, tokens: int) -> list[Queries]:
+    """The sequences that have tokens, and the rows behind the last one, which see no keys."""
+    host = getattr(inputs, "host", None)
+    if host is None:
+        starts, kv_lens = inputs.query_starts_B1.tolist(), inputs.kv_lens_B.tolist()
+        first_T = inputs.query_starts_B1[:-1].long().clamp_max(tokens - 1)
+        causal = inputs.slots_T[first_T].ge(0).tolist()
+    else:
+        starts, kv_lens, causal = host.query_starts, host.kv_lens, host.causal
+    found = [
+        Queries(sequence=b, begin=begin, end=end, keys=kv_lens[b], causal=causal[b])
+        for b, (begin, end) in enumerate(pairwise(starts))
+        if end > begin
+    ]
+    if starts[-1] < tokens:
+        found.append(Queries(sequence=0, begin=starts[-1], end=tokens, keys=0, causal=False))
+    return found
+
+
+def sent(lists: Sequence[WorkList], device: torch.device) -> list[WorkList]:
+    """Lists of the host in the memory of the device, by one copy that does not wait for it."""
+    if device.type == "cpu":
+        return list(lists)
+    tensors = [
+        tensor
+        for work in lists
+        for tensor in (work.items_IF, work.merges_MF, work.counters)
+        if tensor is not None
+    ]
+    starts, end = [], 0
+    for tensor in tensors:
+        starts.append(end)
+        end += -(-tensor.numel() // SENT_MULTIPLE) * SENT_MULTIPLE
+    host = torch.empty(end, dtype=torch.int32, pin_memory=True)
+    numbers = host.numpy()
+    for start, tensor in zip(starts, tensors, strict=True):
+        numbers[start : start + tensor.numel()] = tensor.numpy().reshape(-1)
+    there = host.to(device, non_blocking=True)
+    copies = iter(
+        [
+            there[start : start + tensor.numel()].view(tensor.shape)
+            for start, tensor in zip(starts, tensors, strict=True)
+        ]
+    )
+    return [
+        replace(
+            work,
+            items_IF=next(copies),
+            merges_MF=None if work.merges_MF is None else next(copies),
+            counters=None if work.counters is None else next(copies),
+        )
+        for work in lists
+    ]
 
 
 def chunk_list(
@@ -122,7 +173,7 @@ def chunk_list(
     items, piece = _cut(tiles, pieces)
     merges, slots = _number_slots(items, piece)
     return WorkList(
-        items_IF=items[_order(items, piece)].int().contiguous(),
+        items_IF=_tensor(items[_order(items, piece)]),
         merges_MF=merges,
         slots=slots,
         one_masked_tile=masked <= 1,
@@ -159,26 +210,33 @@ def mixed_list(
     whole = kv_heads * float((wide[:, 7] + WAVE_COST * pieces).sum())
     step = max((whole + filling) / blocks, bound)  # tiles of keys: how long the step should take
     part = max(int(step / STEP_PARTS / decode_cost), 16)
-    narrow_pieces = (-(-narrow[:, 7] // part)).clamp(1, PIECES_MAX)
-    items, piece = _cut(torch.cat((wide, narrow)), torch.cat((pieces, narrow_pieces)))
+    narrow_pieces = (-(-narrow[:, 7] // part)).clip(1, PIECES_MAX)
+    items, piece = _cut(np.concatenate((wide, narrow)), np.concatenate((pieces, narrow_pieces)))
     merges, slots = _number_slots(items, piece)
-    few = torch.arange(len(items)) >= int(pieces.sum())
-    share = _share(int(pieces.sum()) * kv_heads, whole / (whole + filling), blocks)
-    groups = torch.arange(kv_heads).view(-1, heads_together)
-    order = _order(items[~few], piece[~few])
-    spread = items[~few][order].repeat(len(groups), 1).repeat_interleave(heads_together, 0)
-    spread[:, HEAD] = groups[:, None].expand(-1, len(order), -1).reshape(-1)
-    late = items[few][_order(items[few], piece[few])].repeat_interleave(kv_heads, 0)
-    late[:, HEAD] = torch.arange(kv_heads).repeat(int(few.sum()))
-    starts = torch.cat(
+    count = int(pieces.sum())
+    share = _share(count * kv_heads, whole / (whole + filling), blocks)
+    groups = np.arange(kv_heads).reshape(-1, 1, heads_together)
+    order = _order(items[:count], piece[:count])
+    spread = np.tile(order.repeat(heads_together), len(groups))
+    late = (count + _order(items[count:], piece[count:])).repeat(kv_heads)
+    length = items[:, 7] - items[:, 6]
+    starts = np.concatenate(
         (
-            _starts(spread, 1.0, WAVE_COST, share),
-            _starts(late, decode_cost, DECODE_WAVE_COST, max(blocks - share, 1)),
+            _starts(length[spread], 1.0, WAVE_COST, share),
+            _starts(length[late], decode_cost, DECODE_WAVE_COST, max(blocks - share, 1)),
         )
     )
-    both = torch.cat((spread, late))[starts.argsort(stable=True)]
+    heads = np.concatenate(
+        (
+            groups.repeat(count, 1).reshape(-1),
+            np.tile(np.arange(kv_heads), len(late) // kv_heads),
+        )
+    )
+    place = starts.argsort(kind="stable")
+    both = items[np.concatenate((spread, late))[place]]
+    both[:, HEAD] = heads[place]
     return WorkList(
-        items_IF=both.int().contiguous(),
+        items_IF=_tensor(both),
         merges_MF=merges,
         slots=slots,
         one_masked_tile=max(masked, narrow_masked) <= 1,
@@ -229,74 +287,84 @@ def _share(items: int, work: float, blocks: int) -> int:
     return min(-(-items // waves), most)
 
 
-def _starts(items: torch.Tensor, cost: float, overhead: float, blocks: int) -> torch.Tensor:
+def _tensor(rows: Ints) -> torch.Tensor:
+    return torch.from_numpy(rows.astype(np.int32, order="C"))
+
+
+def _starts(length: Ints, cost: float, overhead: float, blocks: int) -> Floats:
     """When each item would start if `blocks` ran them in their order, in tiles of keys."""
-    times = (items[:, 7] - items[:, 6]) * cost + overhead
-    starts = (times.cumsum(0) - times) / blocks
+    times = length.astype(np.float32) * np.float32(cost) + np.float32(overhead)
+    # in fp32, so that starts which differ by rounding alone are equal and keep their order
+    before = times.cumsum(dtype=np.float64).astype(np.float32) - times
+    starts = before / np.float32(blocks)
     starts[:blocks] = 0
     return starts
 
 
-def _tiles(
-    sequences: Sequence[Queries], *, tile_tokens: int, tile_keys: int
-) -> tuple[torch.Tensor, int]:
+def _tiles(sequences: Sequence[Queries], *, tile_tokens: int, tile_keys: int) -> tuple[Ints, int]:
     """Items with all keys each, and the most tiles of keys in which any of them needs a mask."""
-    tiles, masked = [], 0
-    for each in sequences:
-        past = each.keys - (each.end - each.begin)
-        several = each.end - each.begin > tile_tokens
-        # aligned to the tiles of keys, so that no tile's diagonal crosses two of them
-        skew = past % tile_tokens if each.causal and several else 0
-        first = torch.arange(each.begin - skew, each.end, tile_tokens)
-        shift = each.keys - each.end if each.causal else each.keys
-        last = (first + tile_tokens).clamp_max(each.end) - 1 + shift
-        count = last.clamp_max(each.keys - 1) // tile_keys + 1
-        seen = first.clamp_min(each.begin) + shift + 1  # keys that the first query sees
-        masked = max(masked, int((count - seen // tile_keys).max()))
-        row = [each.sequence, 0, each.begin, each.end, shift, each.keys, 0, 0, -1, -1, 0, 1]
-        rows = torch.tensor(row).repeat(len(first), 1)
-        rows[:, 1], rows[:, 7] = first, count
-        tiles.append(rows)
-    return torch.cat(tiles), masked
+    sequence, begin, end, keys, causal = np.array(sequences, dtype=np.int64).T
+    several = end - begin > tile_tokens
+    # aligned to the tiles of keys, so that no tile's diagonal crosses two of them
+    low = begin - (keys - end + begin) % tile_tokens * (several & (causal > 0))
+    number = -(-(end - low) // tile_tokens)
+    at = np.arange(len(sequence)).repeat(number)
+    sequence, begin, end, keys, causal, low = (
+        each[at] for each in (sequence, begin, end, keys, causal, low)
+    )
+    first = low + _within(number) * tile_tokens
+    shift = keys - end * causal
+    last = np.minimum(first + tile_tokens, end) - 1 + shift
+    count = np.minimum(last, keys - 1) // tile_keys + 1
+    seen = np.maximum(first, begin) + shift + 1  # keys that the first query sees
+    masked = max(0, int((count - seen // tile_keys).max()))
+    items = np.zeros((len(at), ITEM_FIELDS), dtype=np.int64)
+    columns = (sequence, first, begin, end, shift, keys, 0, count, -1, -1, 0, 1)
+    for field, column in enumerate(columns):
+        items[:, field] = column
+    return items, masked
 
 
-def _cut(tiles: torch.Tensor, pieces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _within(number: Ints) -> Ints:
+    """0 to n - 1 for each n, one behind the other."""
+    ends = number.cumsum()
+    within: Ints = np.arange(ends[-1]) - (ends - number).repeat(number)
+    return within
+
+
+def _cut(tiles: Ints, pieces: Ints) -> tuple[Ints, Ints]:
     """The pieces of tiles, a tile's in a row, and the number of each within its tile."""
-    per_piece = -(-tiles[:, 7] // pieces)
-    number = pieces.repeat_interleave(pieces)
-    piece = torch.arange(len(number)) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
-    items, per_piece = (each.repeat_interleave(pieces, 0) for each in (tiles, per_piece))
-    items[:, 6] = torch.minimum(piece * per_piece, items[:, 7])
-    items[:, 7] = torch.minimum(items[:, 6] + per_piece, items[:, 7])
-    items[:, 11] = number
+    piece = _within(pieces)
+    items = tiles.repeat(pieces, 0)
+    per_piece = (-(-tiles[:, 7] // pieces)).repeat(pieces)
+    items[:, 6] = np.minimum(piece * per_piece, items[:, 7])
+    items[:, 7] = np.minimum(items[:, 6] + per_piece, items[:, 7])
+    items[:, 11] = pieces.repeat(pieces)
     return items, piece
 
 
-def _number_slots(items: torch.Tensor, piece: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+def _number_slots(items: Ints, piece: Ints) -> tuple[torch.Tensor | None, int]:
     """Gives each piece of a cut tile a slot, in place; the merges, and how many slots."""
-    cut = items[:, 11] > 1
-    slots = int(cut.sum())
+    cut = (items[:, 11] > 1).nonzero()[0]
+    slots = len(cut)
     if not slots:
         return None, 0
-    items[cut, 8] = torch.arange(slots)
+    items[cut, 8] = np.arange(slots)
     items[cut, 10] = items[cut, 8] - piece[cut]
-    heads = items[cut & (piece == 0)]
-    return torch.cat((heads[:, 8:9], heads[:, 11:12], heads[:, 1:4]), dim=1).int(), slots
+    heads = items[cut[piece[cut] == 0]]
+    return _tensor(heads[:, [8, 11, 1, 2, 3]]), slots
 
 
-def _order(items: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+def _order(items: Ints, piece: Ints) -> Ints:
     """The longest first; among items of about a length, the tiles of queries that share keys."""
     length = items[:, 7] - items[:, 6]
     quantum = max(int(length.max()) // LENGTHS_ALIKE, 1)
-    order = length.argsort(descending=True, stable=True)
-    order = order[piece[order].argsort(stable=True)]
-    alike = (length[order] + quantum // 2) // quantum
-    return order[alike.argsort(descending=True, stable=True)]
+    return np.lexsort((-length, piece, -((length + quantum // 2) // quantum)))
 
 
 def _pieces(
-    count: torch.Tensor, *, kv_heads: int, blocks: int, filling: float = 0.0, bound: float = 0.0
-) -> torch.Tensor:
+    count: Ints, *, kv_heads: int, blocks: int, filling: float = 0.0, bound: float = 0.0
+) -> Ints:
     """Into how many pieces the keys of each tile are cut: the split with the least estimated time.
 
     The estimate is waves x (tiles of keys of a piece + its overhead) + the merge, or what else runs
@@ -307,121 +375,42 @@ def _pieces(
     """
     most = int(count.max())
     if len(count) * kv_heads >= 4 * blocks or most <= 1:  # enough tiles to even out
-        return torch.ones_like(count)
-    split_C = torch.arange(1, min(PIECES_MAX, most) + 1)
+        return np.ones_like(count)
+    split_C = np.arange(1, min(PIECES_MAX, most) + 1)
     size_C = -(-most // split_C)
-    pieces_CI = (-(-count // size_C[:, None])).clamp_min(1)
+    pieces_CI: Ints = np.maximum(-(-count // size_C[:, None]), 1)
     blocks_C = pieces_CI.sum(1) * kv_heads
-    time_C = (-(-blocks_C // blocks) * (size_C + WAVE_COST)).double()
+    time_C = (-(-blocks_C // blocks) * (size_C + WAVE_COST)).astype(np.float64)
     if filling or bound:
         even_C = (kv_heads * (count.sum() + WAVE_COST * pieces_CI.sum(1)) + filling) / blocks
-        time_C = time_C.maximum(even_C).clamp_min(bound)
+        time_C = np.maximum(np.maximum(time_C, even_C), bound)
     merge_C = PIECE_COST * split_C * (split_C > 1)
-    return pieces_CI[(time_C + merge_C).argmin()]
-
-
-def decode_list(
-    *,
-    sequence_B: torch.Tensor,
-    begin_B: torch.Tensor,
-    end_B: torch.Tensor,
-    shift_B: torch.Tensor,
-    keys_B: torch.Tensor,
-    tile_keys: int,
-    blocks_a_head: int,
-    least: int = 1,
-) -> WorkList:
-    """The list of sequences with one tile of queries each, on the device of its arguments.
-
-    Never waits: its size depends on shapes alone, so items behind the last have no tokens, and a
-    merge of one slot is none.
-
-    blocks_a_head  pieces that run at once, as the chip's blocks are shared by the KV heads
-    least          tiles of keys of a piece: shorter ones cost the merge more than they save
-    """
-    batch, device = len(sequence_B), sequence_B.device
-    count_B = -(-keys_B // tile_keys)
-    per_piece = (-(-count_B.sum() // blocks_a_head)).clamp_min(least)
-    pieces_B = (-(-count_B // per_piece)).clamp_min(1)
-    ends_B = pieces_B.cumsum(0)
-    first_B = ends_B - pieces_B
-    # sum of ceil(count / per_piece) <= blocks_a_head + batch
-    item_I = torch.arange(blocks_a_head + batch, device=device)
-    b_I = torch.searchsorted(ends_B, item_I, right=True).clamp_max(batch - 1)
-    used_I = item_I < ends_B[-1]
-    even_B = -(-count_B // pieces_B)
-    low_I = torch.minimum((item_I - first_B[b_I]) * even_B[b_I], count_B[b_I])
-    high_I = torch.minimum(low_I + even_B[b_I], count_B[b_I])
-    end_I = torch.where(used_I, end_B[b_I], begin_B[b_I])
-    slot_I = torch.where(used_I & (pieces_B[b_I] > 1), item_I, -1)
-    columns = (sequence_B[b_I], begin_B[b_I], begin_B[b_I], end_I, shift_B[b_I], keys_B[b_I])
-    high_I = torch.where(used_I, high_I, low_I)
-    tile = (torch.full_like(slot_I, -1), first_B[b_I], pieces_B[b_I])
-    return WorkList(
-        items_IF=torch.stack((*columns, low_I, high_I, slot_I, *tile), dim=1).int(),
-        merges_MF=torch.stack((first_B, pieces_B, begin_B, begin_B, end_B), dim=1).int(),
-        slots=blocks_a_head + batch,
-        one_masked_tile=False,
-    )
+    best: Ints = pieces_CI[(time_C + merge_C).argmin()]
+    return best
 
 
 def packed_decodes(
     decodes: Sequence[Queries], *, tile_keys: int, blocks_a_head: int, least: int = 1
 ) -> WorkList:
     """The list of known sequences with one tile of queries each: on the host, no idle items."""
-    rows = torch.tensor(
-        [(each.sequence, each.begin, each.end, each.keys, each.causal) for each in decodes]
-    )
-    sequence_B, begin_B, end_B, keys_B, causal_B = rows.T.contiguous()
-    whole = decode_list(
-        sequence_B=sequence_B,
-        begin_B=begin_B,
-        end_B=end_B,
-        shift_B=torch.where(causal_B > 0, keys_B - end_B, keys_B),
-        keys_B=keys_B,
-        tile_keys=tile_keys,
-        blocks_a_head=blocks_a_head,
-        least=least,
-    )
-    items, merges = whole.items_IF, whole.merges_MF
-    assert merges is not None, "a decode list names all its tiles"
-    used = int(merges[:, 1].sum())
-    items = items[:used]
-    order = (items[:, 7] - items[:, 6]).argsort(descending=True, stable=True)
-    merges = merges[merges[:, 1] > 1]
+    sequence, begin, end, keys, causal = np.array(decodes, dtype=np.int64).T
+    count = -(-keys // tile_keys)
+    per_piece = max(-(-int(count.sum()) // blocks_a_head), least)
+    pieces = np.maximum(-(-count // per_piece), 1)
+    slot = pieces.cumsum() - pieces
+    tiles = np.zeros((len(sequence), ITEM_FIELDS), dtype=np.int64)
+    columns = (sequence, begin, begin, end, keys - end * causal, keys, 0, count, -1, -1, slot, 1)
+    for field, column in enumerate(columns):
+        tiles[:, field] = column
+    items, piece = _cut(tiles, pieces)
+    length = items[:, 7] - items[:, 6]
+    items[:, 8] = np.where(items[:, 11] > 1, items[:, 10] + piece, -1)
+    merges = np.stack((slot, pieces, begin, begin, end), axis=1)[pieces > 1]
     return WorkList(
-        items_IF=items[order].contiguous(),
-        merges_MF=merges.contiguous() if len(merges) else None,
-        slots=used,
+        items_IF=_tensor(items[(-length).argsort(kind="stable")]),
+        merges_MF=_tensor(merges) if len(merges) else None,
+        slots=len(items),
         one_masked_tile=False,
-        most_tokens=max(each.end - each.begin for each in decodes),
-    )
-
-
-def recorded_decodes(
-    starts_B1: torch.Tensor,
-    keys_B: torch.Tensor,
-    *,
-    tile_keys: int,
-    blocks_a_head: int,
-    least: int = 1,
-) -> WorkList:
-    """The list of B sequences of at most one token in B rows, from tensors on the device.
-
-    A sequence without a token takes one of the rows behind the last token, where it writes the
-    result of no keys.
-    """
-    starts_B1, keys_B = starts_B1.long(), keys_B.long()
-    empty_B = starts_B1[1:] == starts_B1[:-1]
-    begin_B = torch.where(empty_B, starts_B1[-1] + empty_B.cumsum(0) - 1, starts_B1[:-1])
-    keys_B = torch.where(empty_B, 0, keys_B)
-    return decode_list(
-        sequence_B=torch.arange(len(keys_B), device=keys_B.device),
-        begin_B=begin_B,
-        end_B=begin_B + 1,
-        shift_B=keys_B - begin_B - 1,
-        keys_B=keys_B,
-        tile_keys=tile_keys,
-        blocks_a_head=blocks_a_head,
-        least=least,
+        most_tokens=int((end - begin).max()),
+        longest=int(length.max()),
     )

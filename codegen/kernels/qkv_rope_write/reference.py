@@ -17,11 +17,14 @@ def qkv_rope_write(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     slots_T: torch.Tensor,
+    k_scales_PK: torch.Tensor | None = None,
+    v_scales_PK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, written): q as attention reads it; written is k_pages.
 
     weight_OD  rows of queries, of keys, of values
     q_norm_H   and k_norm_H: both None for no norm, which eps is for
+    scales     of pages in fp8, as kv_write leaves them
     """
     kv_heads, head_dim = k_pages.shape[2:]
     heads = weight_OD.shape[0] // head_dim - 2 * kv_heads
@@ -31,7 +34,8 @@ def qkv_rope_write(
     if q_norm_H is not None and k_norm_H is not None:
         q_TNH, k_TKH = rms_norm(q_TNH, q_norm_H, eps), rms_norm(k_TKH, k_norm_H, eps)
     k_TKH = _turned(k_TKH, cos_sin_T2H2)
-    return _turned(q_TNH, cos_sin_T2H2), kv_write(k_TKH, v_TKH, k_pages, v_pages, slots_T)
+    cache = (k_pages, v_pages, slots_T, k_scales_PK, v_scales_PK)
+    return _turned(q_TNH, cos_sin_T2H2), kv_write(k_TKH, v_TKH, *cache)
 
 
 def _turned(x_TNH: torch.Tensor, cos_sin_T2H2: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Rules of `qkv_rope_write`: rows of the weight are heads of queries, of keys, of values."""
 
-from codegen.kernels.base import Compilation, Range, Spec, Value
-from codegen.kernels.linear.spec import DEFAULTS, TUNABLES, product, searches
+from codegen.kernels.base import Compilation, Largest, Range, Spec, Value
+from codegen.kernels.linear.spec import DEFAULTS, TUNABLES, kept, product, searches
 
 
 def infer(
@@ -15,6 +15,8 @@ def infer(
     k_pages: Value,
     v_pages: Value,
     slots: Value,
+    k_scales: Value | None = None,
+    v_scales: Value | None = None,
 ) -> tuple[Value, Value]:
     """(queries, the written pages)."""
     kv_heads, head_dim = k_pages.shape[2:]
@@ -31,14 +33,29 @@ def infer(
     assert q_norm is None or q_norm.shape == (head_dim,), f"norm {q_norm} of heads of {head_dim}"
     assert cos_sin.shape == (x.shape[0], 2, head_dim // 2), f"turns {cos_sin} for {x}"
     assert k_pages == v_pages, f"pages {k_pages} and {v_pages}"
-    assert k_pages.dtype == x.dtype, f"pages {k_pages} for {x}"
+    scales = Value(shape=(k_pages.shape[0], kv_heads), dtype="fp32")
+    scaled = scales if k_pages.dtype == "fp8" else None
+    assert k_scales == v_scales == scaled, f"scales {k_scales}, {v_scales} of pages {k_pages}"
+    assert k_pages.dtype in {x.dtype, "fp8"}, f"pages {k_pages} for {x}"
     assert slots.shape == x.shape[:1], f"slots {slots} for {x}"
     return Value(shape=(x.shape[0], heads, head_dim), dtype=x.dtype), k_pages
 
 
-def scratch(x: Value, weight: Value, *others: object) -> tuple[Value, ...]:
-    """The whole projection, where the library multiplies."""
-    return (Value(shape=(x.shape[0], weight.shape[0]), dtype=x.dtype),)
+def takes(x: Value, weight: Value, *others: Value) -> bool:
+    """Any heads; for pages in fp8, those that kv_write takes."""
+    head_dim = others[5].shape[-1]
+    assert isinstance(head_dim, int), "heads have a size"
+    return others[5].dtype != "fp8" or head_dim & (head_dim - 1) == 0
+
+
+def scratch(steps: Largest, x: Value, weight: Value, *others: Value) -> int:
+    """The whole projection, where the library multiplies; keys and values before they are fp8."""
+    pages, tokens = others[5], x.shape[0]
+    found = [Value(shape=(tokens, weight.shape[0]), dtype=x.dtype)]
+    if pages.dtype == "fp8":
+        row = Value(shape=(tokens, *pages.shape[2:]), dtype=x.dtype)
+        found += [row, row, Value(shape=(tokens,), dtype="int64")]
+    return sum(each.storage_bytes(steps.sizes) for each in found)
 
 
 def _pointwise(head: int, *, norm: bool, block_n: int = 16) -> Compilation:
@@ -63,7 +80,8 @@ def _pointwise(head: int, *, norm: bool, block_n: int = 16) -> Compilation:
 SPEC = Spec(
     op="qkv_rope_write",
     infer=infer,
-    scratch=scratch,
+    scratch={"triton": scratch},
+    kept={"triton": kept},
     params={**DEFAULTS, "NORM_TOKENS_MAX": 32, "HEADS_A_BLOCK": 16},
     searches=searches(2),
     ranges=(
@@ -82,4 +100,5 @@ SPEC = Spec(
         _pointwise(64, norm=True),
     ),
     parts=("pointwise",),
+    takes=takes,
 )

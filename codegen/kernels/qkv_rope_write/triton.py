@@ -3,10 +3,14 @@
 Few tokens: one kernel, which streams the weights (core.py of `linear`) and has norm, rotation and
 the paged write as its epilogue; a tile's halves are those of heads. More tokens:
 the library's GEMM, and one pass over its result (pointwise.py).
+
+The scale of a page in fp8 is that of its first token, which is another row of the product: so keys
+and values then go to rows of their own, and kv_write takes them from there.
 """
 
 import torch
 
+from codegen.kernels.kv_write.triton import kv_write
 from codegen.kernels.linear.core import HEADS, Choice, Heads, stream, takes
 
 from .pointwise import finish_heads
@@ -50,10 +54,17 @@ def qkv_rope_write(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     slots_T: torch.Tensor,
+    k_scales_PK: torch.Tensor | None = None,
+    v_scales_PK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, written): q as attention reads it; written is k_pages."""
     tokens = x_TD.shape[0]
     kv_heads, head_dim = k_pages.shape[2:]
+    into = (k_pages, v_pages, slots_T)
+    if k_scales_PK is not None:
+        rows = (tokens, kv_heads, head_dim)
+        staged = [torch.empty(rows, dtype=x_TD.dtype, device=x_TD.device) for _ in "kv"]
+        into = (staged[0], staged[1], torch.arange(tokens, device=x_TD.device))
     heads = Heads(
         heads=weight_OD.shape[0] // head_dim - 2 * kv_heads,
         kv_heads=kv_heads,
@@ -61,12 +72,12 @@ def qkv_rope_write(
         k_norm_H=k_norm_H,
         eps=eps,
         cos_sin_T2H2=cos_sin_T2H2,
-        k_pages=k_pages,
-        v_pages=v_pages,
-        slots_T=slots_T,
+        k_pages=into[0],
+        v_pages=into[1],
+        slots_T=into[2],
     )
     q_TO = torch.empty((tokens, heads.heads * head_dim), dtype=x_TD.dtype, device=x_TD.device)
-    most = TOKENS_MAX if q_norm_H is None else NORM_TOKENS_MAX
+    most = TOKENS_MAX if q_norm_H is None else min(NORM_TOKENS_MAX, TOKENS_MAX)
     if takes(x_TD, weight_OD) and 0 < tokens <= most and head_dim in {64, 128}:
         # a norm reads the whole head, which has to lie in one tile
         normed = head_dim if q_norm_H is not None else 0
@@ -75,4 +86,6 @@ def qkv_rope_write(
     elif tokens:
         y_TO = torch.nn.functional.linear(x_TD, weight_OD, bias_O)
         finish_heads(y_TO, q_TO, heads, heads_a_block=HEADS_A_BLOCK)
+    if k_scales_PK is not None:
+        kv_write(*into[:2], k_pages, v_pages, slots_T, k_scales_PK, v_scales_PK)
     return q_TO.view(tokens, heads.heads, head_dim), k_pages

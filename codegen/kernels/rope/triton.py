@@ -1,4 +1,4 @@
-"""Rotary position embedding: one token a program, so that its angles are computed once.
+"""Rotary position embedding: up to 16 heads of a token a program, which share its angles.
 
 A step's queries or keys may be part of wider rows, as a fused projection leaves them.
 """
@@ -9,6 +9,8 @@ import triton.language as tl
 
 ELEMENTS_A_WARP = 512
 """Pairs of a token per warp."""
+HEADS = 16
+"""Heads of a program at most."""
 
 
 @triton.jit
@@ -25,9 +27,15 @@ def rope_kernel(
     BLOCK_H2: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions_ptr + token).to(tl.float32)
-    head_N = tl.arange(0, BLOCK_N)
+    head_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     at_H2 = tl.arange(0, BLOCK_H2)
+    inside = (head_N < heads)[:, None] & (at_H2 < half)[None, :]
+    at_NH2 = head_N[:, None] * (2 * half) + at_H2[None, :]
+    x_ptr += token * x_stride
+    # before the angles, whose slow paths no load is moved across
+    a = tl.load(x_ptr + at_NH2, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + half + at_NH2, mask=inside, other=0.0).to(tl.float32)
+    position = tl.load(positions_ptr + token).to(tl.float32)
     angle_H2 = position * tl.load(inv_freq_ptr + at_H2, mask=at_H2 < half, other=0.0)
     # fp32 sines of angles past 1e5 take a slow path, three times the time of all the rest; a few
     # steps in fp64 bring the very same angle into half a turn
@@ -35,11 +43,6 @@ def rope_kernel(
     angle_H2 = ((turns_H2 - tl.floor(turns_H2 + 0.5)) * 6.283185307179586).to(tl.float32)
     cos_H2 = (tl.cos(angle_H2) * scale)[None, :]
     sin_H2 = (tl.sin(angle_H2) * scale)[None, :]
-    inside = (head_N < heads)[:, None] & (at_H2 < half)[None, :]
-    at_NH2 = head_N[:, None] * (2 * half) + at_H2[None, :]
-    x_ptr += token * x_stride
-    a = tl.load(x_ptr + at_NH2, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + half + at_NH2, mask=inside, other=0.0).to(tl.float32)
     out_ptr += token * (2 * heads * half)
     dtype = out_ptr.dtype.element_ty
     tl.store(out_ptr + at_NH2, (a * cos_H2 - b * sin_H2).to(dtype), mask=inside)
@@ -54,8 +57,9 @@ def rope(
     x_TW = x_TNH.reshape(tokens, heads * head_dim)
     out_TNH = torch.empty((tokens, heads, head_dim), dtype=x_TNH.dtype, device=x_TNH.device)
     if tokens:
-        block_n, block_h2 = (triton.next_power_of_2(each) for each in (heads, head_dim // 2))
-        rope_kernel[(tokens,)](
+        block_n = min(triton.next_power_of_2(heads), HEADS)
+        block_h2 = triton.next_power_of_2(head_dim // 2)
+        rope_kernel[(tokens, triton.cdiv(heads, block_n))](
             x_TW,
             positions_T,
             inv_freq_H2,

@@ -1,9 +1,8 @@
 """Rules of `sample`: a token a row, and whether the row's best logit is finite.
 
-No graph calls it: it stands behind the program, where the runtime draws. A bundle that held the
-texts of source_texts("sample", "triton") as program/sample.py would give the runtime
-`sample(logits_RV, controls_R5)`, whose result is that of draw() in runtime/sampling.py; controls
-are its table of parameters with uniform(seed, position) as the last column.
+No graph calls it: it stands behind the program, where the runtime draws. The last stage of a
+program with kernels of ours names it as SAMPLE, which the runtime finds there; its result is that
+of draw() in runtime/sampling.py, and its controls are the table of that file's controls().
 """
 
 from codegen.kernels.base import Compilation, Spec, Value

@@ -53,9 +53,10 @@ def group_best_kernel(
     temperature = tl.load(controls_ptr + row * 5)
     top_k = tl.load(controls_ptr + row * 5 + 1)
     if (temperature > 0.0) & (top_k == 0.0):
-        best = value_of(tl.maximum(key, 1))[:, None]
+        best = value_of(tl.maximum(key, 1))
         # a group of -inf alone has no best one to subtract
-        part = tl.where(x == float("-inf"), 0.0, tl.exp((x.to(tl.float64) - best) / temperature))
+        best = tl.where(best == float("-inf"), 0.0, best)[:, None]
+        part = tl.exp((x.to(tl.float64) - best) / temperature)
         tl.store(sums_ptr + row * groups + group, tl.sum(part, 1), mask=group < groups)
 
 
@@ -108,7 +109,7 @@ def bound_of_items(
     return tl.max(found, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))  # else a batch of 1, of 16 and of 17 compile it each
 def pick_kernel(  # noqa: C901, PLR0912, PLR0915 - one launch, whatever the row asks for
     logits_ptr,
     controls_ptr,

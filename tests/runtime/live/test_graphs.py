@@ -4,10 +4,8 @@ The recorder notes the operations of a program on the CPU and runs them again on
 as a CUDA graph does. Where there is a GPU, the same runs as CUDA graphs.
 """
 
+import dataclasses
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import msgspec
 import pytest
@@ -17,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bundles import (
     TOY_FILES,
+    TOY_PROGRAM,
     TOY_VOCAB,
     HandScheduler,
     toy_answer,
@@ -24,10 +23,10 @@ from live_bundles import (
     with_pages,
     write_bundle,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tapes import TapeRecorder
 
 from codegen.emit import emit_program
+from codegen.kernels import source_texts
 from plans.errors import MedhaError
 from plans.plan import Plan
 from runtime.clock import WallClock
@@ -35,7 +34,7 @@ from runtime.engine import Engine
 from runtime.executor import live
 from runtime.executor.live import LiveExecutor
 from runtime.parallel.graphs import SIZES
-from runtime.parallel.recorder import CudaRecorder, Replay
+from runtime.parallel.recorder import CudaRecorder
 from runtime.parallel.table import Row, State
 from runtime.program import StageProgram, load_bundle
 from runtime.request import Request
@@ -46,59 +45,6 @@ from runtime.weights import random_weights
 GREEDY = SamplingParams()
 RANDOM = SamplingParams(temperature=0.8, top_k=7, seed=11)
 PROMPTS = st.lists(st.integers(0, TOY_VOCAB - 1), min_size=1, max_size=60)
-
-
-class Tape(TorchDispatchMode):
-    """Notes every operation and its results."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        self.notes.append((func, args, kwargs or {}, results))
-        return results
-
-    def run(self) -> None:
-        """All of them again, their results to where the first ones were."""
-        with torch.inference_mode():
-            for func, args, kwargs, results in self.notes:
-                found = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(results), tree_leaves(found), strict=True):
-                    if isinstance(old, torch.Tensor):
-                        old.copy_(new)
-
-
-class TapeRecorder:
-    """Records operations on a CPU; unlike a graph, it runs them while it records."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-        self.replayed = 0
-        self._tape: Tape | None = None
-
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        yield
-        assert self._tape is None, "begun and not ended"
-
-    def begin(self) -> None:
-        assert self._tape is None, "two recordings at once"
-        self._tape = Tape()
-        self._tape.__enter__()
-
-    def end(self) -> Replay:
-        tape, self._tape = self._tape, None
-        assert tape is not None
-        tape.__exit__(None, None, None)
-        self.recorded += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            tape.run()
-
-        return replay
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +256,57 @@ def answers_of(
         engine.add(Request(number=number, arrival_s=0.0, prompt_tokens=len(prompt), max_tokens=12))
     engine.run()
     return answers
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_sampler_of_a_program_draws_the_same_tokens(graphs, tmp_path):
+    plan = toy_plan()
+    files = {
+        **TOY_FILES,
+        "program/stage_0.py": f"{TOY_PROGRAM}\nfrom .sample import sample\nSAMPLE = sample\n",
+        **{f"program/{name}.py": text for name, text in source_texts("sample", "triton").items()},
+    }
+    program = load_bundle(write_bundle(tmp_path / "kernel", plan, files)).load_stage(0)
+    given: list[int] = []
+
+    def counted(logits_RV: torch.Tensor, controls_R5: torch.Tensor) -> torch.Tensor:
+        given.extend(controls_R5[:, 0].tolist())
+        return program.sample(logits_RV, controls_R5)
+
+    how: dict[str, object] = {"ahead": True, "recorder": TapeRecorder()} if graphs else {}
+    found = answers_of(plan, dataclasses.replace(program, sample=counted), **how)
+    assert given.count(RANDOM.temperature) == 3 * 12
+    plain = load_bundle(write_bundle(tmp_path / "plain", plan, TOY_FILES)).load_stage(0)
+    assert plain.sample is None
+    assert found == answers_of(plan, plain)
+
+
+IN_PLACE = """
+
+summed = weighted
+places = []
+
+
+def weighted(tokens_T1, pages, inputs):
+    found_T1 = summed(tokens_T1, pages, inputs)
+    if inputs.results is None:
+        return found_T1
+    places.append(inputs.results[0].data_ptr())
+    inputs.results[0].copy_(found_T1)
+    return inputs.results[0]
+"""
+
+
+def test_an_op_between_pieces_may_write_its_results_where_they_are_read(tmp_path):
+    plan = toy_plan()
+    plain = load_bundle(write_bundle(tmp_path / "plain", plan, TOY_FILES)).load_stage(0)
+    files = {**TOY_FILES, "program/toy_sums.py": TOY_FILES["program/toy_sums.py"] + IN_PLACE}
+    program = load_bundle(write_bundle(tmp_path / "there", plan, files)).load_stage(0)
+    found = answers_of(plan, program, ahead=True, recorder=TapeRecorder())
+    assert found == answers_of(plan, plain)
+    places = program.namespace["weighted"].__globals__["places"]
+    assert len(places) > 5
+    assert len(set(places)) == 1
 
 
 DENSE = """

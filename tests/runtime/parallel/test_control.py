@@ -75,8 +75,8 @@ def test_what_no_rank_has_said_is_dropped_and_counted_and_the_rest_is_heard(name
         peer(name).send_multipart(frames)
         assert heard(workers, 1) == []
         assert workers.dropped == 1
-        peer("rank-1").send(wire.encode(wire.Ready(1)))
-        assert heard(workers, 2) == [wire.Ready(1)]
+        peer("rank-1").send(wire.encode(wire.Ready(1, 0, "")))
+        assert heard(workers, 2) == [wire.Ready(1, 0, "")]
 
 
 def test_ranks_that_never_finish_loading_are_named(monkeypatch: pytest.MonkeyPatch):
@@ -94,7 +94,7 @@ def test_ranks_that_never_finish_loading_are_named(monkeypatch: pytest.MonkeyPat
                 seed=3,
             )
             each.send(wire.encode(hello))
-        sockets[0].send(wire.encode(wire.Ready(0)))
+        sockets[0].send(wire.encode(wire.Ready(0, 0, "")))
         with pytest.raises(MedhaError, match=r"ranks \[.*1\] did not finish loading within 0 s"):
             workers.join({}, seed=3)
         assert workers.failed

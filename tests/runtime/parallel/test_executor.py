@@ -34,7 +34,7 @@ class Spoken:
     words: list[Any] = field(default_factory=list)
     sent: list[wire.StepMessage] = field(default_factory=list)
 
-    def start(self) -> int:
+    def start(self, *, graphs: bool = True) -> int:
         return 1
 
     def send_step(self, message: wire.StepMessage) -> None:
@@ -246,7 +246,7 @@ def test_steps_are_taken_in_their_order_whatever_order_they_arrive_in(seed):
     router = context.socket(zmq.ROUTER)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     inbox = Inbox(f"tcp://127.0.0.1:{port}", 0)
-    inbox.send(wire.Ready(0))  # lets the router know the peer
+    inbox.send(wire.Ready(0, 0, ""))  # lets the router know the peer
     router.recv_multipart()
     order = list(range(6))
     random.Random(seed).shuffle(order)

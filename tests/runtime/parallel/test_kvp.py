@@ -1,11 +1,7 @@
 """The merge of shards, and what a group runs and exchanges, against plain attention in float64."""
 
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,20 +9,22 @@ import torch
 from builders import make_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bundles import write_bundle
 
+from codegen.emit import emit_program
 from plans.mesh import Parallelism
 from plans.plan import Plan
 from runtime.executor.base import Chunk, Step
-from runtime.parallel import merging
 from runtime.parallel.inputs import pack, rows_of_group, sampled_rows
 from runtime.parallel.kvp import (
+    Exchange,
     exchange_of,
-    has_kernels,
     merge_shards,
     pack_partial,
     unpack_partial,
 )
 from runtime.parallel.table import Row, State, newest_shard, row_groups, step_groups
+from runtime.program import Exchanger, load_bundle
 from runtime.sampling_params import SamplingParams
 
 MERGE_TOLERANCE = 1e-6
@@ -230,9 +228,31 @@ def _swapped(sent: dict[int, torch.Tensor], exchanges: dict, token_bytes: int):
     }
 
 
+@pytest.fixture(scope="module")
+def exchanger(tmp_path_factory) -> Exchanger:
+    """The kernels as a bundle hands them on."""
+    plan = kvp_plan(2)
+    files = {
+        name: content.decode()
+        for name, content in emit_program(plan, target="triton").files.items()
+    }
+    bundle = load_bundle(write_bundle(tmp_path_factory.mktemp("bundle"), plan, files))
+    found = bundle.load_stage(0).exchange
+    assert found is not None
+    return found
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, where the kernels of a program are used."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
 @settings(max_examples=4)
-@given(kvp_rows(most=20), st.sampled_from([torch.float32, torch.float16]))
-def test_the_kernels_of_a_gpu_exchange_and_merge_the_same_rows(case, dtype):
+@given(case=kvp_rows(most=20), dtype=st.sampled_from([torch.float32, torch.float16]))
+def test_the_kernels_of_a_program_exchange_and_merge_the_same_rows(exchanger, case, dtype):
     """Every group's merged rows equal merge_shards of all that groups hold, and the others stay."""
     plan, rows = case
     heads, head_dim = 6, 16
@@ -241,7 +261,11 @@ def test_the_kernels_of_a_gpu_exchange_and_merge_the_same_rows(case, dtype):
     exchanges = {
         group: exchange
         for group in groups
-        if (exchange := exchange_of(plan, mine[group], group, list(groups), DEVICE))
+        if (
+            exchange := exchange_of(
+                plan, mine[group], group, list(groups), DEVICE, kernels=exchanger
+            )
+        )
     }
     held: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     outs, lses, owners = {}, {}, {}
@@ -257,15 +281,23 @@ def test_the_kernels_of_a_gpu_exchange_and_merge_the_same_rows(case, dtype):
         for at, owner in enumerate(owners[group]):
             held[(*owner, group)] = outs[group][at].clone(), lses[group][at]
     sent = {
-        group: merging.pack_shares(outs[group], lses[group], each.rows_E, each.places_3E)
+        group: exchanger[0](outs[group], lses[group], each.rows_E, each.places_3E)
         for group, each in exchanges.items()
     }
     size = heads * (head_dim * outs[0].element_size() + 4)
     for group, received in _swapped(sent, exchanges, size).items():
         each = exchanges[group]
-        merging.merge_shares(
-            outs[group], lses[group], each.rows_S, each.shares_GS, each.places_3E, received
-        )
+        arriving = received.split([len(peer.shared_S) * size for peer in each.peers])
+
+        def swap(_, mine, theirs, __, arriving=arriving, packed=sent[group]) -> None:
+            assert torch.equal(torch.cat(mine), packed)
+            for into, part in zip(theirs, arriving, strict=True):
+                into.copy_(part)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Exchange, "_swap", swap)
+            merged = each.merge(outs[group].as_subclass(OnGpu), lses[group], None)
+        assert merged.data_ptr() == outs[group].data_ptr()
         for at, owner in enumerate(owners[group]):
             parts = [held[*owner, g] for g in groups if (*owner, g) in held]
             expected = merge_shards(
@@ -275,48 +307,3 @@ def test_the_kernels_of_a_gpu_exchange_and_merge_the_same_rows(case, dtype):
             # the same arithmetic in fp32, but for how exp rounds; then one rounding to dtype
             atol = 2**-20 if dtype == torch.float32 else 2**-9
             torch.testing.assert_close(outs[group][at], expected, rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "takes"), [(64, True), (80, False), (100, False), (128, True)]
-)
-def test_heads_that_are_no_power_of_two_merge_without_kernels(head_dim, takes):
-    """Triton would not compile them; the operations of a CPU run on any device."""
-    on_gpu = SimpleNamespace(is_cuda=True, shape=(3, 2, head_dim))
-    assert has_kernels(on_gpu) == takes
-    assert not has_kernels(torch.zeros(3, 2, head_dim))
-
-
-@pytest.mark.parametrize("kernel", ["pack_kernel", "merge_kernel"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_kernels_of_a_gpu_compile_for_sm_90(kernel, head_dim):
-    """Without spills, 16 bytes a load at head size 128; in a child process, which compiles."""
-    lines = [
-        "import re, triton",
-        "from triton.backends.compiler import GPUTarget",
-        "from triton.compiler import ASTSource",
-        "from runtime.parallel import merging",
-        f"kernel = merging.{kernel}",
-        f"fixed = dict(GROUPS=4, HEAD={head_dim}, HEADS=8, SIZE=2, LSE=4, ALIGNED=True)",
-        "kinds = dict(rows_ptr='*i64', places_ptr='*i32', shares_ptr='*i32')",
-        "kinds |= dict.fromkeys(('entries', 'shared', 'heads'), 'i32')",
-        "kinds |= dict.fromkeys(('lse_ptr', 'sent_lse_ptr', 'received_lse_ptr'), '*fp32')",
-        "names = kernel.arg_names",
-        "types = {n: 'constexpr' if n in fixed else kinds.get(n, '*bf16') for n in names}",
-        "values = {(names.index(n),): v for n, v in fixed.items() if n in names}",
-        "sixteen = [['tt.divisibility', 16]]",
-        "even = {(at,): sixteen for at, n in enumerate(names) if n.endswith('_ptr')}",
-        "source = ASTSource(kernel, types, values, even)",
-        "made = triton.compile(source, target=GPUTarget('cuda', 90, 32))",
-        "sass = made.asm['sass']",
-        "print('spills', 'STL' in sass, 'wide', bool(re.search(r'LDG\\.E\\.(\\w+\\.)?128', sass)))",
-    ]
-    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == f"spills False wide {head_dim == 128}", done.stderr[-2000:]

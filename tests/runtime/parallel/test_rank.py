@@ -1,5 +1,7 @@
 """One rank by itself: what warms it up, what its errors say, what its stopwatch waits for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from builders import make_plan
@@ -28,6 +30,23 @@ def test_a_warm_up_asks_nothing_of_other_groups_however_small_a_shard_is(context
         for row in (chunk, decode):
             assert row_groups(rank.plan, row) == [rank.place.group]
             assert rank.rows([row]) == [row]
+
+
+def test_a_gpu_warms_up_on_steps_as_large_as_the_plan_has_them():
+    rank = rank_of(0, shard_rows=((8192, 512), (65536, 128)), page_tokens=16)
+    rank.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    *chunks, decode = [rows[0] for rows in rank.warm_up_rows()]
+    assert rank.plan.scheduler.max_step_tokens >= 512
+    most = min(rank.plan.scheduler.max_step_tokens, 8192)
+    sizes = [row.tokens for row in chunks]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert sizes[0] == most
+    assert {size for size in (1, 8, 63, 64, 255, 256, 1023, 1024) if size <= most} <= set(sizes)
+    assert decode.prefix == chunks[0].tokens
+    rank.device = torch.device("cpu")
+    for row in (*chunks, decode):
+        assert row_groups(rank.plan, row) == [0]
+        assert int(rank.inputs([row]).kv_lens_B[0]) == row.prefix + row.tokens
 
 
 class OutOfResources(Exception):

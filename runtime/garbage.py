@@ -1,0 +1,17 @@
+"""The garbage collector of a process that serves."""
+
+import gc
+
+
+def settle() -> None:
+    """Takes what stands out of later collections; call when all is loaded and warm.
+
+    torch, transformers and a program leave millions of objects, and a full collection, which comes
+    every few steps under load, looks at each: 20 to 35 ms in which no step is launched. They stay
+    for as long as the process serves, so they need not be looked at. What steps make is.
+
+    A process that has loaded something else in their place calls it again.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
