@@ -195,7 +195,8 @@ def target_tokens(
     small = msgspec.structs.replace(plan, kv=msgspec.structs.replace(plan.kv, pages_per_rank=64))
     emitted = emit_program(plan, target="torch")
     with tempfile.TemporaryDirectory() as folder:
-        bundle = write_program(plan, emitted.files, Path(folder))
+        made = msgspec.structs.replace(plan, kernels=emitted.kernels)
+        bundle = write_program(made, emitted.files, Path(folder))
         program = load_bundle(bundle).load_stage(0)
         logits: dict[tuple[int, int], torch.Tensor] = {}
         executor = LiveExecutor(

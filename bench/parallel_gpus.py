@@ -45,6 +45,7 @@ from plans.mesh import Parallelism
 from plans.plan import MadeBy, Plan
 from runtime.clock import WallClock
 from runtime.executor.live import LiveExecutor, device_for
+from runtime.garbage import settle
 from runtime.offline import OfflineRun, Result, read_jobs
 from runtime.offline import Progress as RunProgress
 from runtime.parallel.executor import ParallelExecutor
@@ -291,6 +292,7 @@ def alone(layout: str, bundle: Bundle, prompts: list[int], folder: Path, table: 
     weights = random_weights(program.parameters, device=device)
     executor = LiveExecutor(plan, program, weights, clock=clock, on_logits=reference.keep)
     executor.warm_up()
+    settle()
     reference.executor = executor
     run = OfflineRun(jobs, None, on_progress=reference.note)
     policy = load_policy(plan.scheduler.policy, plan.scheduler)

@@ -5,6 +5,7 @@ commands run one after the other in a temporary folder, so a later one sees what
 wrote. Lines that hold real time (`simulated in`) are left out: they differ from run to run.
 """
 
+import argparse
 import difflib
 import os
 import re
@@ -24,10 +25,13 @@ COLUMNS = "100"
 
 def main() -> int:
     """Rewrites the README, or with --check returns 1 where it would change."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where it differs")
+    check = parser.parse_args().check
     old = README.read_text()
     with tempfile.TemporaryDirectory() as folder:
         new = BLOCK.sub(lambda block: block[1] + output(block["command"], folder), old)
-    if "--check" not in sys.argv[1:]:
+    if not check:
         README.write_text(new)
         return 0
     if new != old:

@@ -6,6 +6,7 @@ Not collected by pytest: each mutation costs some seconds. The tests run in a fr
 copy, so nothing of the tree itself is touched.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -216,12 +217,17 @@ def passes(path: str, old: str, new: str) -> bool:
 
 def main() -> int:
     """Runs all mutations, or those named."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(MUTATIONS)}; all by default")
+    names = parser.parse_args().names
+    if unknown := [each for each in names if each not in MUTATIONS]:
+        parser.error(f"no mutation {unknown[0]!r}; known: {', '.join(MUTATIONS)}")
     title = '"""The engine loop'
     if not passes("runtime/engine.py", title, title):
         print("the tests fail without any bug planted", file=sys.stderr)
         return 1
     left = 0
-    for name in sys.argv[1:] or MUTATIONS:
+    for name in names or MUTATIONS:
         alive = passes(*MUTATIONS[name])
         left += alive
         print(f"{'SURVIVES' if alive else 'caught  '}  {name}", flush=True)

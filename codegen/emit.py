@@ -142,6 +142,8 @@ def _rows(spec: Spec, target: Target, params: Mapping[str, int]) -> Iterator[Ker
         return
     ranges = spec.ranges or (Range(target="triton", params=tuple(params)),)
     for each in ranges:
+        if each.tokens_max and not params[each.tokens_max]:
+            continue  # no step is that small
         yield Kernel(
             op=op,
             when=When(tokens_max=params[each.tokens_max] if each.tokens_max else None),

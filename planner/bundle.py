@@ -9,6 +9,7 @@ from codegen.emit import default_target, emit_program
 from codegen.kernels import KERNELS, load_spec
 from codegen.tune import source_sha256
 from planner.tuned import Choice, choose
+from plans.check_program import MADE_FOR, made_for
 from plans.errors import Infeasible
 from plans.plan import Plan
 
@@ -38,7 +39,7 @@ def compile_plan(
             f" {plan.scheduler.max_step_tokens} tokens",
             f"the plan sets {plan.memory.activations_bytes} aside",
         )
-    files = dict(sorted(program.files.items()))
+    files = dict(sorted((program.files | {MADE_FOR: made_for(plan)}).items()))
     hashes = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
     predicted = structs.replace(plan.predicted, notes=(*plan.predicted.notes, *choice.notes))
     plan = structs.replace(plan, kernels=program.kernels, files=hashes, predicted=predicted)
@@ -54,10 +55,22 @@ def tuned(plan: Plan) -> Choice:
         triton = version("triton")
     except PackageNotFoundError:  # planning alone works where no wheel of it exists
         triton = "none"
-    return choose(plan, _sha256, triton)
+    return choose(plan, _sha256, triton, space=_space)
 
 
 def _sha256(op: str) -> str:
     """Of an op's kernel here; of nothing where it has none, which no record equals."""
     has_kernel = op in KERNELS and "triton" in load_spec(op).targets
     return source_sha256(op) if has_kernel else ""
+
+
+def _space(op: str) -> dict[str, tuple[int, ...]]:
+    """Values of the tunables of an op: its defaults, and what any of its searches tries."""
+    spec = load_spec(op)
+    found = {name: {value} for name, value in spec.params.items()}
+    searched = set()
+    for search in spec.searches:
+        for name, values in search.values.items():
+            found[name].update(values)
+            searched.add(name)
+    return {name: tuple(sorted(each)) if name in searched else () for name, each in found.items()}

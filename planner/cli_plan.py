@@ -18,12 +18,11 @@ from planner.question import (
     tokens,
 )
 from plans.errors import InvalidFile, MedhaError, UsageError
-from runtime.interrupts import INTERRUPTED, loading, unwinding
+from runtime.interrupts import INTERRUPTED, loading, started, unwinding
 
 if TYPE_CHECKING:
     from planner.search import NoPlan
     from planner.world import World
-    from plans.model import Model
     from plans.plan import Plan
     from plans.topology import Device, Topology
 
@@ -234,10 +233,16 @@ def _search(
     from planner import cli_plan_tables as tables
     from planner.answer import answer
     from planner.catalog import load_device, load_model, load_workload, topology_for
+    from planner.cli_plan_checks import check_attention, check_graphs, check_out
     from planner.explain import as_json
     from planner.export import export
     from planner.failure import NoPlan
-    from planner.folder import PLAN_FILE, alternatives_csv, check_target, readme, write_folder
+    from planner.folder import (
+        PLAN_FILE,
+        alternatives_csv,
+        readme,
+        write_folder,
+    )
     from planner.report import REPORT_FILE, report_html
     from planner.world import asked_dtypes, make_world
     from plans.codec import dumps
@@ -245,7 +250,8 @@ def _search(
 
     device = load_device(ask.hardware)
     loaded = load_model(ask.model, context_tokens=ask.context_tokens)
-    _check_attention(ask, device, loaded, kernels=kernels)
+    check_attention(ask, device, loaded, kernels=kernels)
+    check_graphs(loaded, kernels=kernels, dump_graph=dump_graph)
     machine = topology_for(device, ask.gpus, ask.topology)
 
     def world_of(context_tokens: int | None) -> "World":
@@ -265,9 +271,8 @@ def _search(
 
     short = min((device.name, *device.aliases), key=len)
     world = world_of(ask.context_tokens)
-    name = f"{loaded.name}-{ask.gpus}x{short}"
-    folder = out if out is not None else Path(name)
-    check_target(folder, overwrite=overwrite)  # before the work, and again when it is written
+    folder = out if out is not None else Path(f"{loaded.name}-{ask.gpus}x{short}")
+    check_out(folder, ask, overwrite=overwrite)  # before the work, and again when it is written
     try:
         given = answer(
             world,
@@ -280,8 +285,9 @@ def _search(
         _explain_failure(world, error, device, ask.topology)
         raise
     found, plan = given.found, given.plan
-    _check_attention(ask, device, plan.model, kernels=kernels)  # in the dtype chosen
+    check_attention(ask, device, plan.model, kernels=kernels)  # in the dtype chosen
     folder = out if out is not None else Path(plan.name)  # fewer GPUs may be enough
+    check_out(folder, ask, overwrite=overwrite)
     files: dict[str, bytes] = {}
     kernels = kernels and not plan.model.unsupported  # the plan's notes say why
     if kernels:
@@ -290,12 +296,13 @@ def _search(
 
         plan, files = compile_plan(plan, dump_graph=dump_graph, attention=ask.attention)
     _check_whole(plan, files)
-    commands = run_commands(".", program=kernels)
     files |= {
         PLAN_FILE: dumps(plan).encode(),
         "alternatives.csv": alternatives_csv(found),
         REPORT_FILE: report_html(found, plan),
-        "README.md": readme(plan, commands, program=kernels, engine=engine),
+        "README.md": readme(
+            plan, run_commands(".", program=kernels), program=kernels, engine=engine
+        ),
     }
     launch = export(plan, engine) if engine else None
     write_folder(folder, files | (launch.files if launch else {}), overwrite=overwrite)
@@ -317,22 +324,6 @@ def _check_whole(plan: "Plan", files: dict[str, bytes]) -> None:
 
     check_plan(plan, where=f"{plan.name} (a bug of the planner)")
     check_files(plan, files)
-
-
-def _check_attention(ask: Question, device: "Device", model: "Model", *, kernels: bool) -> None:
-    """Raises UsageError where the flag would change nothing."""
-    if ask.attention == "ours":
-        return
-    flag = f"--attention {ask.attention}"
-    if device.kind == "cpu":
-        raise UsageError(f"{flag}: {device.name} has no GPU; nearest: ours")
-    if not kernels:
-        raise UsageError(f"{flag}: --no-kernels makes no program; leave one of the two out")
-    dtype = ask.weight_dtype if ask.weight_dtype in {"bf16", "fp8"} else model.weight_dtype
-    if gaps := model.unsupported_with(dtype):
-        bf16 = " or --weight-dtype bf16" if gaps == ("fp8 weights",) else ""
-        names = " and ".join(gaps)
-        raise UsageError(f"{flag}: {names} cannot be run yet; nearest: --attention ours{bf16}")
 
 
 def run_commands(folder: str, *, program: bool) -> tuple[str, ...]:
@@ -385,26 +376,24 @@ def _evaluate(path: Path, prompt_tokens: str | None, format_: str, engine: str |
     from planner.answer import reevaluated
     from planner.explain import as_json
     from planner.export import export
+    from planner.given import has_program, load_given
     from plans.check import check_plan
-    from plans.codec import load_file
-    from plans.plan import Plan
     from runtime.scheduler import load_policy
 
-    where = path / "plan.yaml" if path.is_dir() else path
-    given = load_file(where, Plan)
+    given, where = load_given(path)
     asked = None if prompt_tokens is None else tokens("--prompt-tokens", prompt_tokens)
     if asked is not None and asked > given.limits.context_tokens:
         raise UsageError(
             f"--prompt-tokens {asked}: exceeds limits.context_tokens {given.limits.context_tokens}"
         )
-    _check_given(given, where)
     try:
         load_policy(given.scheduler.policy, given.scheduler)
     except UsageError as error:
         raise InvalidFile(str(where), "scheduler.policy", str(error)) from None
     plan = reevaluated(given, asked)
     check_plan(plan, where=str(where))
-    commands = run_commands(str(where.parent), program=bool(plan.files))
+    program = has_program(given, where)
+    commands = run_commands(str(where.parent), program=program)
     launch = export(plan, engine) if engine else None
     if format_ == "json":
         print(
@@ -414,23 +403,11 @@ def _evaluate(path: Path, prompt_tokens: str | None, format_: str, engine: str |
         )
         return
     if launch is None:
-        tables.print_evaluated(given, plan, commands)
+        tables.print_evaluated(given, plan, commands, program=program)
         return
     for name, text in launch.files.items():
         print(f"# --- {name}\n{text.decode()}", end="")
     print("\n".join(launch.lost_lines), file=sys.stderr)
-
-
-def _check_given(given: "Plan", where: Path) -> None:
-    """Refuses what no new prediction can repair: everything but predicted numbers."""
-    from plans.check import failures
-
-    derived = ("chunk-seconds", "predicted", "predicted-bounds", "replay")
-    found = [each for each in failures(given) if each.name not in derived]
-    if found:
-        first, *rest = found
-        more = "".join(f"\n{where}: {each.path}: {each.message}" for each in rest)
-        raise InvalidFile(str(where), first.path, f"{first.message} [check {first.name}]{more}")
 
 
 def main() -> None:
@@ -447,4 +424,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    started(lambda: main)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner import explain
+from planner.given import stale
 
 if TYPE_CHECKING:
     from planner.explain import Table
@@ -27,8 +28,13 @@ def print_found(
     listed(commands)
 
 
-def print_evaluated(given: "Plan", plan: "Plan", commands: tuple[str, ...]) -> None:
-    """A plan that was given, evaluated."""
+def print_evaluated(
+    given: "Plan", plan: "Plan", commands: tuple[str, ...], *, program: bool
+) -> None:
+    """A plan that was given, evaluated.
+
+    program  whether its program is beside it
+    """
     say(explain.arithmetic(plan), "")
     _draw(explain.times(plan))
     say("")
@@ -36,13 +42,22 @@ def print_evaluated(given: "Plan", plan: "Plan", commands: tuple[str, ...]) -> N
     say("")
     _draw(explain.replay_of(plan))
     say("", *explain.facts(plan))
-    stale = given.prefill != plan.prefill
-    say(
-        "prefill.chunks[].predicted_s in the file is not what step_time gives; the times above are"
-        if stale
-        else "valid: every check passes",
-        "",
-    )
+    wrong = stale(given)
+    others = [each for each in wrong if each.name != "chunk-seconds"]
+    if len(others) < len(wrong) or given.prefill != plan.prefill:
+        field = "prefill.chunks[].predicted_s"
+        say(f"{field} in the file is not what step_time gives; the times above are")
+    if others:
+        say(*(f"{each.path} in the file: {each.message}" for each in others))
+        say("not valid as it stands: medha-sim and medha-run refuse it; the numbers above are new")
+    elif given.prefill == plan.prefill:
+        alone = given.files and not program
+        say(
+            "valid: every check of the plan passes; its program is not beside it"
+            if alone
+            else "valid: every check passes"
+        )
+    say("")
     listed(commands)
 
 

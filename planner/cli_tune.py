@@ -20,7 +20,7 @@ import typer
 
 from planner.cli_tune_profile import fused, profiled, progress
 from plans.errors import MedhaError, UsageError
-from runtime.interrupts import INTERRUPTED, loading, unwinding
+from runtime.interrupts import INTERRUPTED, loading, started, unwinding
 
 if TYPE_CHECKING:
     from codegen.tune import Outcome
@@ -60,9 +60,13 @@ def tune(
         bool, typer.Option("--dry-run", help="List what would be done; needs no GPU.")
     ] = False,
 ) -> None:
-    """Autotunes emitted kernels and profiles the device; both where neither flag is given."""
+    """Autotunes emitted kernels and profiles the device; both where no flag says which.
+
+    --op is of the kernels and --table of the profile: one of them alone asks for its half alone.
+    """
     try:
-        both = not kernels and not profile
+        ops, tables = _names("--op", op), _names("--table", table)
+        kernels, profile = _parts(kernels, profile, ops, tables)
         with loading():
             from codegen.tune import EFFORTS
 
@@ -70,22 +74,62 @@ def tune(
             raise UsageError(f"--effort {effort}: one of {', '.join(EFFORTS)}")
         if not 0 < limit_s < math.inf:
             raise UsageError(f"--limit-s {limit_s:g}: not a time above 0, such as {LIMIT_S:g}")
-        ops, tables = (text.split(",") if text else [] for text in (op, table))
+        _check_ops(ops)
         _check_tables(tables)
         if dry_run:
-            _list(kernels or both, profile or both, effort, ops, tables)
+            _list(kernels, profile, effort, ops, tables)
             return
         device = _device()
         _check_writable(out, install=install)
-        if kernels or both:
+        if kernels:
             _tune(device, out, effort, ops, install=install)
-        if profile or both:
+        if profile:
             profiled(device, out, tables, limit_s, install=install)
         if not install:
             print(f"not installed: {out} holds the files; --install copies them into the catalog")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _names(flag: str, text: str) -> list[str]:
+    """Names of a list with commas; raises UsageError for one that is empty or stands twice."""
+    found = [each.strip() for each in text.split(",")] if text else []
+    for name in found:
+        if not name or found.count(name) > 1:
+            raise UsageError(f"{flag} {text}: {name!r} stands twice" if name else f"{flag} {text}")
+    return found
+
+
+def _parts(
+    kernels: bool, profile: bool, ops: Sequence[str], tables: Sequence[str]
+) -> tuple[bool, bool]:
+    """Whether to tune kernels and whether to profile; raises UsageError for a flag of no use."""
+    if not kernels and not profile:
+        if ops and tables:
+            raise UsageError(
+                "--op is of the kernels, --table of the profile; nearest: one of them, or"
+                " --kernels --profile with both"
+            )
+        return not tables, not ops
+    if ops and not kernels:
+        raise UsageError("--op is of --kernels, which --profile alone leaves out")
+    if tables and not profile:
+        raise UsageError("--table is of --profile, which --kernels alone leaves out")
+    return kernels, profile
+
+
+def _check_ops(ops: Sequence[str]) -> None:
+    """Raises UsageError for an op that nothing of can be tuned, and the names of those that can."""
+    from codegen.kernels import KERNELS
+    from codegen.tune import jobs
+
+    for name in ops:
+        found, left = jobs([name])  # raises UnknownName
+        if not found:
+            tunable = sorted({job.op for job in jobs(tuple(KERNELS))[0]})
+            why = left[0].partition(": ")[2] if left else "it has no tunables"
+            raise UsageError(f"--op {name}: {why}; ops to tune: {', '.join(tunable)}")
 
 
 def _check_tables(tables: Sequence[str]) -> None:
@@ -116,7 +160,8 @@ def _list(
             print(f"not tuned: {line}")
     if profile:
         chosen = [each for each in tables or TABLES if each != "links"]
-        wanted = [*points(chosen, fused=fused()), *link_points(2)]
+        links = link_points(2) if not tables or "links" in tables else []
+        wanted = [*points(chosen, fused=fused()), *links]
         counts = Counter((point.table, point.role) for point in wanted)
         for table in dict.fromkeys(point.table for point in wanted):
             fit, check = counts[table, "fit"], counts[table, "check"]
@@ -290,4 +335,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    started(lambda: main)

@@ -94,6 +94,8 @@ def profiled(
     _say("profile", taken)
     if count > 1 and (not tables or "links" in tables):
         _links(folder, about, count, max(ends_s - time.monotonic(), LINKS_S))
+    elif "links" in tables:
+        print("links: not measured, one CUDA device is visible here", file=sys.stderr)
     _end(folder, device["catalog"], install=install)
 
 

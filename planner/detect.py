@@ -33,8 +33,11 @@ TIMEOUT_S = 30.0
 
 SAME_SWITCH = {"PIX", "PXB"}
 SAME_CPU = {"PHB", "NODE"}
-CELL = re.compile(r"X|PIX|PXB|PHB|NODE|SYS|SOC|NV\d+")
+CELL = re.compile(r"X|PIX|PXB|PHB|NODE|SYS|SOC|NV[1-9]\d*")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+HEADING = re.compile(r"(GPU|NIC|mlx5_)\d+")
+SAID = ("WARNING", "No devices were found")
+"""Beginnings of lines that the query has instead of a device."""
 ASSUMED = "Efficiency and latency: assumed, not measured."
 
 
@@ -64,7 +67,7 @@ class Matrix:
         """The cells, NV# replaced by what the CPUs next to both ends say."""
         near = self.affinity
         return {
-            pair: ("NODE" if near[pair[0]] == near[pair[1]] else "SYS")
+            pair: ("NODE" if near.get(pair[0]) == near.get(pair[1]) else "SYS")
             if cell.startswith("NV")
             else cell
             for pair, cell in self.cells.items()
@@ -99,7 +102,8 @@ def detect(run: Run | None = None, sys: Path = Path("/sys")) -> str:
     if len(kinds) > 1:
         raise MedhaError(f"the GPUs of this machine differ: {', '.join(kinds)}; a plan needs one")
     device = load_device(kinds[0])
-    best = parse_matrix(run(("nvidia-smi", "topo", "-m")) or "")
+    matrix = run(("nvidia-smi", "topo", "-m")) or ""
+    best = parse_matrix(matrix)
     plain = parse_matrix(run(("nvidia-smi", "topo", "-mp")) or "")
     node = build(
         found,
@@ -114,16 +118,38 @@ def detect(run: Run | None = None, sys: Path = Path("/sys")) -> str:
         "Detected, not measured: bandwidths are those of the links' generations.",
         "Other nodes are taken to be like this one, all under one leaf switch or rail.",
     ]
-    if not best.cells and len(found) > 1:
-        notes.append("nvidia-smi gave no matrix of connections: all GPUs are taken to share a CPU.")
+    notes += _gaps(found, best, matrix)
     return "".join(f"# {note}\n" for note in notes) + dumps(node)
+
+
+def _gaps(found: tuple[Gpu, ...], best: Matrix, text: str) -> list[str]:
+    """What the matrix of connections leaves open, and what is taken instead."""
+    if len(found) < 2:
+        return []
+    if not best.cells:
+        unread = " that can be read" if text.strip() else ""
+        return [
+            f"nvidia-smi gave no matrix of connections{unread}: all GPUs are taken to share a CPU."
+        ]
+    rows = {name for name, _ in best.cells}
+    missing = [each for each in (f"GPU{gpu.index}" for gpu in found) if each not in rows]
+    return [
+        f"nvidia-smi's matrix of connections has no {each}: it is taken to be under a CPU of its"
+        " own, with no NVLink."
+        for each in missing
+    ]
 
 
 def run_command(command: tuple[str, ...]) -> str | None:
     """Output of a command on this machine; None where it is missing, fails or hangs."""
     try:
         done = subprocess.run(  # noqa: S603 (fixed words)
-            command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # a strange byte is named as a line that cannot be read
+            check=True,
+            timeout=TIMEOUT_S,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -136,13 +162,17 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) != QUERY.count(",") + 1 or not cells[0].isdecimal():
-            if line.strip() and not line.startswith("WARNING"):
+            if line.strip() and not line.startswith(SAID):
                 raise MedhaError(f"nvidia-smi --query-gpu: cannot read {line.strip()!r}")
             continue
         generation, lanes = (int(cell) if cell.isdecimal() else 0 for cell in cells[2:])
         found.append(
             Gpu(index=int(cells[0]), name=cells[1], pcie_generation=generation, pcie_lanes=lanes)
         )
+    indices = [each.index for each in found]
+    for index in indices:
+        if indices.count(index) > 1:
+            raise MedhaError(f"nvidia-smi --query-gpu: lists device {index} more than once")
     return tuple(sorted(found, key=lambda each: each.index))
 
 
@@ -157,7 +187,7 @@ def parse_matrix(text: str) -> Matrix:
         if entry := re.fullmatch(r"\s*(NIC\d+):\s*(\S+)\s*", line):
             legend[entry[1]] = entry[2]
         elif not columns:
-            if words and words[0] == "GPU0":
+            if words and HEADING.fullmatch(words[0]) and not any(map(CELL.fullmatch, words[1:2])):
                 columns = words[: words.index("CPU")] if "CPU" in words else words
         elif words and words[0] in columns:
             row, rest = words[1 : len(columns) + 1], words[len(columns) + 1 :]

@@ -62,6 +62,23 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_inputs(folder: Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Raises UsageError where replacing the folder would remove what the plan is made from.
+
+    inputs  by flag, a file, a checkpoint's folder, or a name of the catalog, which is neither
+    """
+    target = folder.resolve()
+    for flag, given in inputs.items():
+        if given is None:
+            continue
+        path = Path(given).expanduser()
+        is_input = (path / "config.json").is_file() if path.is_dir() else path.is_file()
+        if is_input and target in {path.resolve(), *path.resolve().parents}:
+            raise UsageError(
+                f"--out {folder}: {flag} {given} is in it and would be replaced; name another --out"
+            )
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
     """Writes all files, then puts the folder in place; leaves nothing behind when interrupted."""
     check_target(folder, overwrite=overwrite)

@@ -33,7 +33,7 @@ from planner.fits import Fits, LinkTime, fit_links, fits_of
 from planner.profiles import Profile, load_profile
 from planner.rank_shapes import Shapes
 from planner.reduce_time import Line, Reduce, fused_of
-from planner.residuals import residuals
+from planner.residuals import ROUND_TRIP, errors_of_plan, term_errors
 from planner.world import World
 from plans.mesh import Parallelism
 from plans.steptime import Knot, StepTime
@@ -59,8 +59,6 @@ FORMULA_ERROR = 0.3
 """Of a term without a measurement: a roofline with assumed efficiencies."""
 FORMULA_MARGIN = 0.1
 """What the packer adds to such a term."""
-LEAST_ERROR = 0.02
-"""Repeated measurements of one kernel differ by as much (bench/results)."""
 ATTENTION = "attention"
 TERMS = ("matmul", ATTENTION, "collectives", "merge", "hop", "head", "overhead")
 
@@ -117,7 +115,7 @@ class Prepared:
     profile: Profile
     fits: Fits
     errors: dict[str, float]
-    """90th percentile of how far a prediction is off, by term."""
+    """90th percentile of how far a prediction is off, by term (planner/residuals.py)."""
     short: dict[str, float]
     """The same of how much longer the work took, which is what a packer fears."""
     layers: dict[Any, tuple[tuple[Knot, ...], Origin]] = field(default_factory=dict)
@@ -136,18 +134,7 @@ def prepared(device: str) -> Prepared | None:
 def prepare(profile: Profile) -> Prepared:
     """Fits a profile and looks at what it was not fitted to."""
     fits = fits_of(profile)
-    errors, short = {}, {}
-    for term, found in residuals(profile, fits).items():
-        off = np.array([each.weighed for each in found])
-        if len(off):
-            errors[term] = max(float(np.quantile(np.abs(off), 0.9)), LEAST_ERROR)
-            short[term] = max(float(np.quantile(-off, 0.9)), LEAST_ERROR)
-    for row in profile.rows("step"):
-        if row.key == ("decode_list",):
-            errors["overhead"] = short["overhead"] = max(row.spread_us / row.us, LEAST_ERROR)
-    for row in profile.rows("ranks"):
-        if row.key[0] == ROUND_TRIP:
-            errors["overhead"] = short["overhead"] = max(row.spread_us / row.us, LEAST_ERROR)
+    errors, short = term_errors(profile, fits)
     return Prepared(profile=profile, fits=fits, errors=errors, short=short)
 
 
@@ -180,14 +167,18 @@ def measured(
             terms.origins.pop(term, None)
             terms.refused[term] = str(error)
     time = structs.replace(base, source="profile", **changes)
-    # one chunk in fp8 was measured and no row held out: its error is that of a formula
-    known = TERMS if world.kv_dtype != "fp8" else tuple(each for each in TERMS if each != ATTENTION)
-    errors, short = (
-        {term: error for term, error in each.items() if term in known}
-        for each in (ready.errors, ready.short)
+    ranks, summed = parallelism.ranks_per_replica, _summed(ready, world, rank, links.tp)
+    band, margin = (
+        weighted(
+            time,
+            terms.origins,
+            errors_of_plan(errors, ranks=ranks, kv_dtype=world.kv_dtype),
+            formula,
+            groups=parallelism.kvp,
+            summed=summed,
+        )
+        for errors, formula in ((ready.errors, FORMULA_ERROR), (ready.short, FORMULA_MARGIN))
     )
-    band = weighted(time, terms.origins, errors, FORMULA_ERROR)
-    margin = weighted(time, terms.origins, short, FORMULA_MARGIN)
     return Measured(
         time=structs.replace(time, margin=round(margin, 4)),
         provenance={
@@ -197,6 +188,7 @@ def measured(
         notes=(
             *(f"{term} by formula: {why}" for term, why in terms.refused.items()),
             *terms.notes,
+            *ready.profile.gaps(),
         ),
     )
 
@@ -264,7 +256,7 @@ def _layer(
             for op, width, count in rank.rows(ops)
         )
         if reduce is not None:
-            total_s += ALL_REDUCES * line.beyond(tokens, reduce.seconds(tokens))
+            total_s += _beyond_s(reduce, line, tokens)
         start_s = chunk.start(tokens) if tokens >= chunk.at[0] else 0.0
         total_s += max(decode.start_s, start_s)
         if tokens > GRAPH_TOKENS:
@@ -376,6 +368,22 @@ def _reduce(
         return nothing
 
 
+def _beyond_s(reduce: Reduce, line: Line, tokens: int) -> float:
+    """What the table of a layer holds of its sums."""
+    return ALL_REDUCES * line.beyond(tokens, reduce.seconds(tokens))
+
+
+def _summed(
+    ready: Prepared, world: World, rank: Shapes, link: Link | None
+) -> Callable[[int], float]:
+    """Of tokens, how many of the seconds in a layer's table are doubted as collectives are."""
+    reduce, line = _reduce(ready, world, rank, link)
+    if reduce is None:
+        return lambda tokens: 0.0
+    last = _sizes(world.scheduler.max_step_tokens)[-1]
+    return lambda tokens: _beyond_s(reduce, line, min(tokens, last))
+
+
 def _collectives(
     ready: Prepared, world: World, rank: Shapes, link: Link | None, terms: _Terms
 ) -> dict[str, float]:
@@ -414,10 +422,8 @@ def _hop(ready: Prepared, rank: Shapes, link: Link | None, terms: _Terms) -> dic
     }
 
 
-ROUND_TRIP = "round_trip"
-"""Row of table `ranks`: what a decode step of several ranks takes longer than its work."""
 MERGE = "merge"
-"""The same: what a layer takes around the exchange of partial results."""
+"""Row of table `ranks`: what a layer takes around the exchange of partial results."""
 
 
 def _of_ranks(profile: Profile, what: str) -> list[tuple[int, float]]:

@@ -8,7 +8,8 @@ largest step (scheduler.max_step_tokens), never the prompt, but for the partial 
 whose keys are cut in pieces: about the square root of the context (planner/attention_work.py).
 
 What CUDA graphs hold is a part of reserved_bytes: GRAPHS_BYTES of it on the catalog's devices of
-80 GB and more.
+80 GB and more. Where a model's own buffers for them are larger than that, the rest counts among the
+activations.
 """
 
 from dataclasses import dataclass
@@ -96,17 +97,39 @@ def activation_dtype(model: Model) -> str:
 GRAPHS_BYTES = 1 << 30
 """What CUDA graphs may hold, as the devices of the catalog set aside in reserved_bytes: assumed."""
 GRAPH_TOKENS, GRAPH_SEQUENCES = 2048, 256
-"""The largest recorded step (runtime/parallel/pieces.py) and most recorded sampled rows."""
+"""The largest recorded step (runtime/parallel/pieces.py) and most sequences of recorded decodes
+(runtime/parallel/graphs.py), which are all that several ranks record (stage_graphs.py there)."""
+GRAPH_NUMBERS = 5 + 2 + 1
+"""Numbers of 8 bytes that stand there for each sequence: its step's, and its tokens drawn."""
 
 
-def graph_buffers_bytes(world: World, candidate: Candidate) -> int:
-    """What recorded steps hold: they share one pool of the buffers of the largest, and logits.
+def graph_buffers_bytes(world: World, candidate: Candidate, context_tokens: int) -> int:
+    """What recorded steps hold: they share one pool of the buffers of the largest, and beside it
+    are the logits, page tables and, of several ranks, hidden states and shares of attention.
 
-    A part of GRAPHS_BYTES; the driver's record of their kernels is the rest of it.
+    The driver's record of their kernels comes on top.
     """
-    tokens = min(GRAPH_TOKENS, world.scheduler.max_step_tokens)
+    model, p = world.model, candidate.parallelism
     sequences = min(GRAPH_SEQUENCES, world.limits.sequences)
-    return tokens * _row_bytes(world, candidate) + _logits_bytes(world, candidate, sequences)
+    pages = shard_of(context_tokens, candidate.groups, world.page_tokens) // world.page_tokens
+    row = 4 * (pages + 16) + 8 * GRAPH_NUMBERS  # rows of tables end at a multiple of 16
+    if p.ranks_per_replica == 1:
+        tokens = min(GRAPH_TOKENS, world.scheduler.max_step_tokens)
+    else:
+        tokens = sequences
+        size = DTYPE_BYTES[activation_dtype(model)]
+        row += 4 * model.vocab  # gathered logits, and a copy of them outside the pool
+        row += size * model.hidden if p.spp > 1 else 0
+        row += (model.heads // p.tp) * (size * partial_width(model) + 4) if p.kvp > 1 else 0
+    whole = tokens * _row_bytes(world, candidate) + sequences * row
+    return whole + _logits_bytes(world, candidate, sequences)
+
+
+def graphs_beyond_bytes(world: World, candidate: Candidate, context_tokens: int) -> int:
+    """What the buffers of recorded steps take beyond GRAPHS_BYTES; nothing where none is."""
+    if world.device.compute_capability is None:
+        return 0
+    return max(graph_buffers_bytes(world, candidate, context_tokens) - GRAPHS_BYTES, 0)
 
 
 def attention_partials_bytes(world: World, candidate: Candidate, context_tokens: int) -> int:
@@ -166,7 +189,7 @@ def activations_bytes(world: World, candidate: Candidate, context_tokens: int | 
     Residual stream, its norm, one output and one copy in flight; q, k, v and the attention output;
     gate, up and their product; partial attention of the other KVP groups in fp32, and of pieces of
     keys, or what torch copies of them; fp32 logits of all sampled sequences, gathered over tp, and
-    the shard they come from.
+    the shard they come from; what buffers of CUDA graphs take beyond their part of reserved_bytes.
 
     context_tokens  the limit on a request's context where it is not the world's
     """
@@ -176,6 +199,7 @@ def activations_bytes(world: World, candidate: Candidate, context_tokens: int | 
         + _logits_bytes(world, candidate, world.limits.sequences)
         + attention_partials_bytes(world, candidate, context)
         + attention_copies_bytes(world, candidate, context)
+        + graphs_beyond_bytes(world, candidate, context)
     )
 
 

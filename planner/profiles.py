@@ -21,6 +21,7 @@ bench/parallel_gpus.py); the profile's `sources` say which.
 """
 
 import csv
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,6 +52,20 @@ KEYS: dict[str, tuple[str, ...]] = {
     "sampling": ("vocab", "rows"),
     "step": ("what",),
 }
+NAMES: dict[str, tuple[str, ...]] = {
+    "fused": ("all_reduce_add_rms_norm",),
+    "gemm": ("gate_up_silu", "linear", "qkv_rope_write"),
+    "links": ("all_gather", "all_reduce", "all_to_all", "send_recv"),
+    "ranks": ("merge", "round_trip"),
+    "rows": ("add_rms_norm", "kv_write", "rms_norm", "rope", "silu_mul"),
+    "step": (
+        *("chunk_list", "decode_list", "eager add_rms_norm", "eager linear"),
+        *("eager paged_attention", "graph_launch", "host_step"),
+    ),
+}
+"""What the first column of a table may hold: all that the planner reads."""
+HEATED = ("gemm",)
+"""Tables whose times `hot` of about.yaml multiplies."""
 TEXTS = ("op", "what")
 """Columns that are no numbers."""
 VALUES = ("role", "us", "spread_us")
@@ -104,6 +119,16 @@ class Profile:
         """One part of the host's time."""
         return next((each.us for each in self.rows("step") if each.key == (what,)), None)
 
+    def gaps(self) -> list[str]:
+        """Parts of a step that the profile has no time of although it has others; a line, or none.
+
+        What is not there counts nothing, so a plan has to say it.
+        """
+        missing = sorted(set(NAMES["step"]) - {str(row.key[0]) for row in self.rows("step")})
+        if not missing or not self.rows("step"):
+            return []
+        return [f"{self.folder.name}/step.csv has no {', '.join(missing)}: no time is counted"]
+
     def ranges(self) -> list[str]:
         """What each table covers, a line each."""
         return [f"{name}: {range_text(name, rows)}" for name, rows in sorted(self.tables.items())]
@@ -129,12 +154,41 @@ def range_text(table: str, rows: Iterable[Row]) -> str:
 def load_profile(device: str) -> Profile | None:
     """The profile of a device of the catalog, or None where it was never measured."""
     folder = PROFILES / device
-    return read_profile(folder) if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    profile = read_profile(folder)
+    if not _is_of(device, profile.about.device):
+        problem = f"{profile.about.device!r} is not {device}, in whose folder it stands"
+        raise InvalidFile(str(folder / ABOUT), "device", problem)
+    return profile
+
+
+def _is_of(device: str, torch_name: str) -> bool:
+    """Whether a device of the catalog may be what torch names so."""
+    known = {
+        each: {name_key(text) for text in (each, *load_device(each).aliases)}
+        for each in names("devices")
+    }
+    exact = [each for each, spellings in known.items() if name_key(torch_name) in spellings]
+    words = {name_key(word) for word in re.split(r"[^A-Za-z0-9]+", torch_name)}
+    return device in exact if exact else bool(known.get(device, set()) & words)
+
+
+def _check_hot(path: Path, about: About) -> None:
+    """Raises InvalidFile for a factor that would change nothing, or nothing a chip can do."""
+    for table, factor in about.hot.items():
+        if table not in HEATED:
+            problem = f"no factor is used for this table; known: {', '.join(HEATED)}"
+            raise InvalidFile(str(path), f"hot.{table}", problem)
+        if not 1 <= factor < float("inf"):
+            problem = f"{factor:g}; heat makes nothing faster, so a factor is 1 or more"
+            raise InvalidFile(str(path), f"hot.{table}", problem)
 
 
 def read_profile(folder: Path) -> Profile:
     """The profile in a folder; raises InvalidFile that names the file for anything wrong in it."""
     about = load_file(folder / ABOUT, About)
+    _check_hot(folder / ABOUT, about)
     tables = {}
     for path in sorted(folder.glob("*.csv")):
         if path.stem not in KEYS:
@@ -192,6 +246,8 @@ def _row(path: Path, number: int, keys: tuple[str, ...], line: list[str]) -> Row
     key: list[int | str] = []
     for name, text in zip(keys, line, strict=False):
         if name in TEXTS:
+            if text not in NAMES[path.stem]:
+                raise InvalidFile(str(path), f"{where}: {name}", _unknown(text, NAMES[path.stem]))
             key.append(text)
         elif re.fullmatch(r"[1-9][0-9]{0,17}", text) or (name, text) == ("prefix", "0"):
             key.append(int(text))
@@ -216,6 +272,12 @@ def _row(path: Path, number: int, keys: tuple[str, ...], line: list[str]) -> Row
         us=numbers[0],
         spread_us=numbers[1],
     )
+
+
+def _unknown(name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"nearest: {near[0]}; " if near else ""
+    return f"{name[:40]!r} is no name that is read here; {hint}known: {', '.join(known)}"
 
 
 def write_table(folder: Path, table: str, rows: Iterable[Row]) -> Path:

@@ -6,8 +6,10 @@ carries; error bands are those of the formula.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from planner.attention_work import Heads
 from planner.estimates import OutOfRange
@@ -60,6 +62,43 @@ def residuals(profile: Profile, fits: Fits) -> dict[str, list[Residual]]:
     found["head"] = [each for each in found.get("matmul", []) if each.table == "gemm"]
     for term in ("hop", "merge"):
         found[term] = found.get("collectives", [])
+    return found
+
+
+LEAST_ERROR = 0.02
+"""Repeated measurements of one kernel differ by as much (bench/results)."""
+ROUND_TRIP = "round_trip"
+"""Row of table `ranks`: what a decode step of several ranks takes longer than its work."""
+
+
+def term_errors(profile: Profile, fits: Fits) -> tuple[dict[str, float], dict[str, float]]:
+    """90th percentiles by term: of how far predictions are off, and of how much longer work took.
+
+    `overhead` is that of a lone rank; ROUND_TRIP that of several, whose steps travel as well. No
+    row of either is held out: their error is their spread.
+    """
+    errors, short = {}, {}
+    for term, found in residuals(profile, fits).items():
+        off = np.array([each.weighed for each in found])
+        if len(off):
+            errors[term] = max(float(np.quantile(np.abs(off), 0.9)), LEAST_ERROR)
+            short[term] = max(float(np.quantile(-off, 0.9)), LEAST_ERROR)
+    spreads = [("overhead", row) for row in profile.rows("step") if row.key == ("decode_list",)]
+    spreads += [(ROUND_TRIP, row) for row in profile.rows("ranks") if row.key[0] == ROUND_TRIP]
+    for term, row in spreads:
+        spread = max(row.spread_us / row.us, errors.get(term, LEAST_ERROR))
+        errors[term] = short[term] = spread
+    return errors, short
+
+
+def errors_of_plan(errors: Mapping[str, float], *, ranks: int, kv_dtype: str) -> dict[str, float]:
+    """What `term_errors` found, as it holds for a replica of so many ranks."""
+    found = dict(errors)
+    trip = found.pop(ROUND_TRIP, None)
+    if ranks > 1 and trip is not None:
+        found["overhead"] = trip
+    if kv_dtype == "fp8":  # one chunk was measured and no row held out: as of a formula
+        found.pop("attention", None)
     return found
 
 

@@ -15,9 +15,10 @@ from planner.breakdown import breakdown
 from planner.estimates import MOST_LINEAR_FACTOR
 from planner.export import ExportDiffers, export
 from planner.found import Found
-from planner.measured import LEAST_ERROR, TERMS
+from planner.measured import TERMS
 from planner.objective import level, order, ttft_limit_s
 from planner.price import Priced, price, tbt_s
+from planner.residuals import LEAST_ERROR
 from planner.search import meet_targets
 from planner.space import Candidate, check_tp, cut_layers
 from planner.world import World

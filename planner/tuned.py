@@ -5,7 +5,8 @@ of another device with the same compute capability, or of another Triton, is a b
 none: it is used and named in the plan's notes. One of an older source is not used.
 """
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +30,53 @@ class Choice:
     notes: tuple[str, ...]
 
 
+Space = Mapping[str, tuple[int, ...]]
+"""What each tunable of an op may be; nothing named: any number."""
+
+
 def load_records(device: str, folder: Path | None = None) -> dict[str, Tuned]:
-    """Records of a device by op; raises InvalidFile for a record of another op than its name."""
+    """Records of a device by op.
+
+    Raises InvalidFile for a record of another op than its name, and for buckets of no use.
+    """
     found = {}
     for path in sorted(((folder or TUNED) / device).glob("*.yaml")):
         record = load_file(path, Tuned)
         if record.op != path.stem:
             raise InvalidFile(str(path), "op", f"{record.op!r} in the file of {path.stem}")
+        for field, problem in _problems(record):
+            raise InvalidFile(str(path), field, problem)
         found[record.op] = record
     return found
+
+
+def _problems(record: Tuned) -> Iterator[tuple[str, str]]:
+    """Fields of a record that no kernel, of whatever source, could be tuned to."""
+    if not record.buckets:
+        yield "buckets", f"is empty; nearest: no file, or {COMMAND}"
+    for row, bucket in enumerate(record.buckets):
+        here = f"buckets[{row}]"
+        for part in ("when", "params"):
+            for name, value in getattr(bucket, part).items():
+                if value < 0:
+                    yield f"{here}.{part}.{name}", f"{value} is negative"
+        if bucket.library_us is not None and "tokens" not in bucket.when:
+            yield f"{here}.when", "has no tokens, and library_us is compared by them"
+
+
+def _strange_params(record: Tuned, space: Space) -> Iterator[tuple[str, str]]:
+    """Tunables that the op does not have, and values that its search does not try."""
+    for row, bucket in enumerate(record.buckets):
+        for name, value in bucket.params.items():
+            field = f"buckets[{row}].params.{name}"
+            if name not in space:
+                near = difflib.get_close_matches(name, space, n=1, cutoff=0.0)
+                known = ", ".join(sorted(space))
+                yield field, f"no tunable of {record.op}; nearest: {near[0]}; known: {known}"
+            elif space[name] and value not in space[name]:
+                near_value = min(space[name], key=lambda each: abs(each - value))
+                tried = ", ".join(map(str, space[name]))
+                yield field, f"{value} is not in its search; nearest: {near_value}; it has {tried}"
 
 
 def records_for(device: str, folder: Path | None = None) -> tuple[dict[str, Tuned], str]:
@@ -59,11 +98,14 @@ def choose(
     source_sha256: Callable[[str], str],
     triton: str,
     folder: Path | None = None,
+    space: Callable[[str], Space] | None = None,
 ) -> Choice:
     """Parameters for the kernels of a plan.
 
     source_sha256  of an op's sources as they are now; an op that is no more raises UnknownName
     triton         its version here
+    space          what the tunables of an op may be; None asks no record
+    raises         InvalidFile for a record that fits the source and not its tunables
     """
     device = plan.topology.device
     records, owner = records_for(device, folder)
@@ -80,6 +122,9 @@ def choose(
         if record.source_sha256 != source_sha256(op):
             stale.append(op)
             continue
+        for field, problem in _strange_params(record, space(op)) if space else ():
+            path = (folder or TUNED) / owner / f"{op}.yaml"
+            raise InvalidFile(str(path), field, problem)
         if record.triton != triton:
             foreign.add(record.triton)
         products = products_of(plan).get(op, ())

@@ -107,7 +107,7 @@ CHECKS = (
     Check(name="kv-bytes", find=cost.kv_bytes, needs=("stages", "tensor-split")),
     Check(name="weights", find=cost.weights, needs=("stages", "tensor-split")),
     Check(name="files", find=layout.files, needs=("types",)),
-    Check(name="kernels", find=layout.kernels, needs=("types",)),
+    Check(name="kernels", find=layout.kernels, needs=("files",)),
     Check(name="predicted", find=cost.predicted, needs=("types",)),
     Check(name="replay", find=cost.replay, needs=("types",)),
     Check(name="predicted-bounds", find=cost.predicted_bounds, needs=("predicted", *_TIMES)),

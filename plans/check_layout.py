@@ -14,6 +14,8 @@ from plans.plan import Plan
 from plans.topology import Topology, fabric_problems
 from plans.workload import Quantile, Workload
 
+ATTENTION = "program/paged_attention.py"
+"""File of an op that no compiled program is without."""
 SHARE_TOLERANCE = 1e-6
 """Absolute: shares are written with a few digits, such as 0.333333."""
 
@@ -202,6 +204,38 @@ def files(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def kernels(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Rows agree with each other, with the files and with the device; no file is read."""
+    if ATTENTION in plan.files and not plan.kernels:
+        yield "kernels", f"is empty, and files has ops of a program, such as {ATTENTION}"
+    on_cpu = "cpu" in plan.topology.device.lower()
     for row, kernel in enumerate(plan.kernels):
+        here = f"kernels[{row}]"
         if kernel.file not in plan.files:
-            yield f"kernels[{row}].file", f"{kernel.file!r} is not among files"
+            yield f"{here}.file", f"{kernel.file!r} is not among files"
+        if kernel.file != (own := f"program/{kernel.op}.py"):
+            yield f"{here}.file", f"{kernel.file!r} is not that of op {kernel.op!r}, {own}"
+        if on_cpu and kernel.target != "torch":
+            where = f"topology.device is {plan.topology.device}"
+            yield f"{here}.target", f"{kernel.target} needs a GPU, {where}; nearest: torch"
+        for name, value in kernel.params.items():
+            if value < 0:
+                yield f"{here}.params.{name}", f"{value} is negative"
+    yield from _ranges(plan)
+
+
+def _ranges(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Each op has one row for any number of tokens: bounds rise, the last row has none."""
+    bounds: dict[str, int | None] = {}
+    for row, kernel in enumerate(plan.kernels):
+        most, before = kernel.when.tokens_max, bounds.get(kernel.op, 0)
+        if before is None:
+            yield f"kernels[{row}].op", f"{kernel.op!r} again; a row above is for all its steps"
+        elif most is not None and most <= before:
+            yield (
+                f"kernels[{row}].when.tokens_max",
+                f"{most} does not exceed {before} of a row above",
+            )
+        bounds[kernel.op] = most
+    for op, bound in bounds.items():
+        if bound is not None:
+            yield "kernels", f"{op!r} has no row for steps of more than {bound} tokens"

@@ -76,6 +76,25 @@ def add_sharded_chunk(
         load.add_chunk(tokens, shard_tokens, kvp_groups=newest + 1, keys_only=True)
 
 
+QUERY_ROWS = 128
+"""Tokens times query heads of a KV head that chunk attention takes at a time, on Hopper."""
+
+
+def query_tile(group: int) -> int:
+    """Tokens of a tile of queries, for so many query heads of a KV head: a power of two."""
+    return max(1 << (QUERY_ROWS // group).bit_length() >> 1, 1)
+
+
+def idle_queries(tile: int, prefix: int, tokens: int) -> int:
+    """Queries that a chunk's tiles have room for and no token fills.
+
+    Tiles begin at multiples of their size, but for the only one of a chunk that fits into one.
+    """
+    if tokens <= tile:
+        return tile - tokens
+    return prefix % tile + -(prefix + tokens) % tile
+
+
 def least_solo_s(step_time: StepTime, tokens: int, shard_tokens: int) -> float:
     """Seconds that no way of cutting a prompt goes below, nor company in its steps.
 

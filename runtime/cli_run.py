@@ -10,6 +10,7 @@ import logging
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plans.errors import InvalidFile, MedhaError
-from runtime.interrupts import INTERRUPTED, loading
-from runtime.outputs import check_output
+from plans.errors import InvalidFile, MedhaError, UsageError
+from runtime.interrupts import INTERRUPTED, loading, started
+from runtime.outputs import bundle_inputs, check_outputs
 
 if TYPE_CHECKING:
     from plans.plan import Plan
@@ -44,7 +45,8 @@ def run(
     ],
     requests: Annotated[Path, typer.Option(help="JSON lines, one request each.")],
     out: Annotated[
-        Path | None, typer.Option(help="File for the results, JSON lines; default stdout.")
+        Path | None,
+        typer.Option(help="File for the results, JSON lines; default stdout, also named `-`."),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Scheduling policy; default the plan's.")
@@ -61,7 +63,7 @@ def run(
 ) -> None:
     """Generates an answer for every request of a file."""
     with loading():
-        from runtime.offline import OfflineRun, read_jobs, result_line, write_results
+        from runtime.offline import OfflineRun, read_jobs
         from runtime.parallel.launch import check_launch, torchrun_place, torchrun_setup
         from runtime.parallel.worker import worker_main
         from runtime.program import load_bundle
@@ -75,8 +77,9 @@ def run(
     if place is not None and place.rank > 0:
         worker_main(torchrun_setup(str(bundle), plan, weights, seed, place))
     scheduling = load_policy(policy or plan.scheduler.policy, plan.scheduler)
-    if out is not None:
-        check_output("--out", out)
+    if str(out) == "-":
+        out = None
+    _check_files(out, bundle=bundle, requests=requests, weights=weights, tokenizer=tokenizer)
     reader = _tokenizer(tokenizer, weights, plan.model.vocab)
     jobs = read_jobs(requests, plan, reader, end_tokens=_end_tokens(reader, weights))
     try:
@@ -94,17 +97,62 @@ def run(
     except KeyboardInterrupt:
         print("interrupted; no results were written", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    if out is not None:
-        write_results(out, results)
-    else:
-        for result in results:
-            sys.stdout.buffer.write(result_line(result))
-        sys.stdout.buffer.flush()
+    _deliver(out, results)
     if offline.error is not None:
         lost = sum(result.finish_reason == "failed" for result in results)
         raise MedhaError(f"{lost} of {len(results)} requests failed: {offline.error}")
     if not quiet:
         _print_table(plan, jobs, results, offline)
+
+
+def _check_files(
+    out: Path | None, *, bundle: Path, requests: Path, weights: str, tokenizer: str | None
+) -> None:
+    """Raises UsageError where a folder is not there, or the results have no place of theirs."""
+    if out is None and sys.stdout is None:
+        raise UsageError("stdout is closed; name a file for the results with --out")
+    inputs = {"BUNDLE": bundle_inputs(bundle), "--requests": [requests]}
+    for flag, name, other in (("--weights", weights, RANDOM), ("--tokenizer", tokenizer, NONE)):
+        if name is None or name == other:
+            continue
+        if not Path(name).is_dir():
+            raise InvalidFile(name, "", f"no such folder; {flag} names a folder, or `{other}`")
+        try:
+            files = [each for each in Path(name).iterdir() if each.is_file()]
+        except OSError as error:
+            raise InvalidFile(name, "", f"cannot be read: {error.strerror}") from None
+        # results of an earlier run may lie beside the weights
+        inputs[flag] = [each for each in files if each.suffix != ".jsonl"]
+    check_outputs({"--out": out}, inputs)
+
+
+def _deliver(out: Path | None, results: "list[Result]") -> None:
+    """Writes the results; hours of work go to a temporary file where their place refuses them."""
+    from runtime.offline import result_line, write_results
+
+    try:
+        if out is not None:
+            write_results(out, results)
+            return
+        for result in results:
+            sys.stdout.buffer.write(result_line(result))
+        sys.stdout.buffer.flush()
+    except MedhaError as error:
+        raise MedhaError(f"{error}\n{_kept(results)}") from None
+
+
+def _kept(results: "list[Result]") -> str:
+    """Where the results are now, instead of nowhere."""
+    from runtime.offline import result_line
+
+    try:
+        with tempfile.NamedTemporaryFile(
+            prefix="medha-run-", suffix=".jsonl", delete=False
+        ) as file:
+            file.writelines(map(result_line, results))
+    except OSError as error:
+        return f"and no temporary file takes the results: {error.strerror}"
+    return f"the results are in {file.name}"
 
 
 def _tokenizer(choice: str | None, weights: str, vocab: int) -> "Tokenizer | None":
@@ -265,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # as torchrun starts it
-    main()
+    started(lambda: main)

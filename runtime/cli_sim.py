@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from plans.errors import MedhaError, UsageError
-from runtime.interrupts import INTERRUPTED, loading, unwinding
-from runtime.outputs import check_output, written_whole
+from runtime.interrupts import INTERRUPTED, loading, started, unwinding
+from runtime.outputs import bundle_inputs, check_outputs, written_whole
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -122,7 +122,8 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
     single = {"--timeline": timeline, "--decisions": decisions}
     _check_flags(plan, policies, runs=len(policies) * seeds, single=single, plot=plot)
     figures = None if json is None or json == "-" else Path(json)
-    _check_outputs({**single, "--plot": plot, "--json": figures})
+    read = {"BUNDLE": bundle_inputs(bundle), "--trace": [] if trace is None else [trace]}
+    check_outputs({**single, "--plot": plot, "--json": figures}, read, prints=True)
     load = Load(qps=qps, duration_s=duration, seed=seed, arrivals=arrivals)
     if trace is None and qps is None:
         load = _default_load(plan, load)
@@ -165,12 +166,6 @@ def simulate_plan(  # noqa: PLR0917 (typer reads one parameter a flag)
         with written_whole(Path(json)) as partial:
             partial.write_text(text + "\n")
     print_tables(plan, load, served)
-
-
-def _check_outputs(written: "dict[str, Path | None]") -> None:
-    for flag, path in written.items():
-        if path is not None:
-            check_output(flag, path)
 
 
 @contextmanager
@@ -395,4 +390,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    started(lambda: main)

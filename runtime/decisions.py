@@ -19,8 +19,9 @@ import numpy as np
 from msgspec import Struct
 
 from plans.codec import content_hash
-from plans.errors import BundleMismatch, InvalidFile, MedhaError
+from plans.errors import BundleMismatch, InvalidFile, MedhaError, UsageError
 from plans.plan import Plan
+from runtime.decision_rules import Rules
 from runtime.engine import Engine
 from runtime.executor.base import Step, StepResult
 from runtime.outputs import written_whole
@@ -186,7 +187,7 @@ def read_log(path: Path) -> Iterator[Line]:
             for number, text in enumerate(file, start=1):
                 try:
                     yield decoder.decode(text)
-                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                     raise InvalidFile(str(path), f"line {number}", str(error)) from None
     except OSError as error:
         raise InvalidFile(str(path), "", f"cannot be read: {error.strerror}") from None
@@ -220,7 +221,7 @@ class _Scripted:
 def replay(plan: Plan, lines: Iterable[Line], where: str = "decision log") -> Replayed:
     """Decides a run again and compares step by step.
 
-    errors  InvalidFile for a log without header or end, or with a result of no step;
+    errors  InvalidFile for a log without header or end, or with a line that no engine writes;
             BundleMismatch for another plan; ReplayMismatch at the first step that differs
     """
     rest = iter(lines)
@@ -244,16 +245,19 @@ class _Replay:
 
     def __init__(self, plan: Plan, header: Header, where: str) -> None:
         self._where = where
-        self._lines = 1
         self._closed = False
         self._script = _Scripted()
-        self._steps: dict[int, Step] = {}
         self._stops: dict[int, str] = {}
+        self._rules = Rules(plan, where)
+        try:
+            scheduling = load_policy(header.policy, plan.scheduler)
+        except UsageError as error:
+            self._rules.fail("policy", str(error))
         self.engine = Engine(
             plan,
             self._script,
             self._script,
-            load_policy(header.policy, plan.scheduler),
+            scheduling,
             on_token=lambda number, _: self._stops.get(number),
             learn=header.learn,
             ahead=header.ahead,
@@ -261,53 +265,54 @@ class _Replay:
 
     def take(self, line: Line) -> None:
         """Does what the line says."""
+        rules = self._rules
+        rules.line += 1
         if self._closed:
-            raise InvalidFile(self._where, f"line {self._lines + 1}", "stands behind the end")
+            rules.fail("", "stands behind the end")
         match line:
             case Arrived():
+                rules.now(line.at_s)
+                live = self.engine.book.sequences
+                rules.arrived(line.request, line.infinite, line.at_s, live)
                 infinite = dict.fromkeys(line.infinite, math.inf)
                 request = msgspec.structs.replace(line.request, **infinite)
                 self.engine.admit(request, line.at_s)
             case Cancelled():
+                rules.now(line.at_s)
+                rules.number("request", line.request)
                 self.engine.forget(line.request, line.at_s)
             case Packed():
+                rules.now(line.at_s)
                 self._pack(line)
             case Collected():
-                if line.step_id not in self._steps:
-                    problem = "has a result but was not packed"
-                    raise InvalidFile(self._where, f"step {line.step_id}", problem)
-                self._stops.update(line.stops)
-                self.engine.collect(_result(self._steps.pop(line.step_id), line))
+                step = rules.collected(line.step_id, line.stage_s, line.finished_s, line.stops)
+                self._stops = line.stops
+                self.engine.collect(_result(step, line))
             case Closed():
-                self._close(line)
+                rules.now(line.at_s)
+                rules.closed(line.reason, line.lines)
+                self._script.at_s = line.at_s
+                self.engine.close(line.reason)
+                self._closed = True
             case Header():
-                raise InvalidFile(self._where, "", "has a second header")
-        self._lines += 1
+                rules.fail("", "is a second header")
 
     def check_end(self) -> None:
         """Raises InvalidFile where the log breaks off."""
         if not self._closed:
             problem = "the log breaks off: its last line must say that the engine was closed"
-            raise InvalidFile(self._where, f"line {self._lines}", problem)
-
-    def _close(self, line: Closed) -> None:
-        if line.lines != self._lines:
-            problem = f"ends a log of {line.lines} lines before it, and here are {self._lines}"
-            raise InvalidFile(self._where, f"line {self._lines + 1}", problem)
-        self._script.at_s = line.at_s
-        self.engine.close(line.reason)
-        self._closed = True
+            self._rules.fail("", problem)
 
     def _pack(self, line: Packed) -> None:
         step = self.engine.decide(line.at_s)
         found = None if step is None else plain(step)
         if found != line.step:
             raise ReplayMismatch(
-                f"{self._where}: at {line.at_s} s the log has\n  {line.step}\n"
-                f"and now it is\n  {found}"
+                f"{self._where}: line {self._rules.line}: at {line.at_s} s the log has\n"
+                f"  {line.step}\nand now it is\n  {found}"
             )
         if step is not None:
-            self._steps[step.step_id] = step
+            self._rules.packed(step, line.at_s)
 
 
 def _result(step: Step, line: Collected) -> StepResult:

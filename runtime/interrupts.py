@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from plans.errors import MedhaError
+from runtime.stdout import watched_stdout
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
 TERMINATED = 143
@@ -41,11 +44,18 @@ def unwinding() -> Iterator[None]:
 
 
 def started(load: Callable[[], Callable[[], None]]) -> None:
-    """Runs the command that `load` imports; Ctrl-C in the imports ends with 130 as well."""
+    """Runs the command that `load` imports; Ctrl-C in the imports ends with 130 as well.
+
+    A stdout that takes no more is a failed run, and one that nobody reads ends it quietly.
+    """
     try:
-        with loading():
-            command = load()
-        command()
+        with watched_stdout():
+            with loading():
+                command = load()
+            command()
+    except MedhaError as error:  # at the last flush; commands say those of their own
+        print(error, file=sys.stderr)  # noqa: T201
+        raise SystemExit(error.exit_status) from None
     except KeyboardInterrupt:  # between the parts that say it themselves
         print("interrupted", file=sys.stderr)  # noqa: T201
         raise SystemExit(INTERRUPTED) from None

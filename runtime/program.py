@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import linecache
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 import msgspec
 
 from plans.check import load_plan
+from plans.check_program import program_problems, read_program
 from plans.errors import BundleMismatch, InvalidFile
 from plans.ops import Comm, KvCache, Parameter, StepInputs, Tensor
 from plans.plan import Plan
@@ -129,9 +131,10 @@ def load_bundle(path: str | Path) -> Bundle:
     if not plan.files:
         raise BundleMismatch(
             f"{path}: the bundle has no program (planned with --no-kernels); make it again without "
-            f"that flag:\n  {plan.made_by.command.replace(' --no-kernels', '')}"
+            f"that flag:\n  {plan.made_by.command.replace(' --no-kernels', '')} "
+            f"--out {shlex.quote(str(path))} --overwrite"
         )
-    sources, problems = _verify(folder, plan.files)
+    sources, problems = _verify(folder, plan)
     if problems:
         raise BundleMismatch(
             f"{path}: the program is not the one that {PLAN_FILE} records:\n{listed(problems)}\n"
@@ -140,30 +143,16 @@ def load_bundle(path: str | Path) -> Bundle:
     return Bundle(folder=folder, plan=plan, sources=sources)
 
 
-def _verify(folder: Path, files: dict[str, str]) -> tuple[dict[str, bytes], list[str]]:
+def _verify(folder: Path, plan: Plan) -> tuple[dict[str, bytes], list[str]]:
     """Contents of the recorded Python files, and what is wrong with the rest."""
-    sources: dict[str, bytes] = {}
-    problems = []
-    for name, digest in sorted(files.items()):
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-            problems.append(f"{name}: leaves the bundle")
-            continue
-        try:
-            content = (folder / name).read_bytes()
-        except OSError as error:
-            problems.append(f"{name}: missing ({error.strerror})")
-            continue
-        found = hashlib.sha256(content).hexdigest()
-        if found != digest:
-            problems.append(f"{name}: changed (sha256 {found[:12]}…, planned {digest[:12]}…)")
-        elif name.endswith(".py"):
-            sources[name] = content
+    contents, problems = read_program(folder, plan.files)
     for extra in _importable(folder / PROGRAM_FOLDER):
         name = extra.relative_to(folder).as_posix()
-        if name not in files:
+        if name not in plan.files:
             problems.append(f"{name}: not part of the plan")
-    return sources, problems
+    if not problems:
+        problems += program_problems(plan, contents)
+    return {name: each for name, each in contents.items() if name.endswith(".py")}, problems
 
 
 def _importable(program: Path) -> Iterable[Path]:

@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 from builders import make_plan, tiny_model
 
+from plans.check_program import IMPORT, STAGE
 from plans.codec import dump_file
-from plans.plan import Plan
+from plans.plan import Kernel, Plan
 from runtime.executor.base import Chunk, NewPages, Step
 from runtime.executor.live import LiveExecutor
 
@@ -95,13 +96,18 @@ def with_pages(plan: Plan, pages: int) -> Plan:
 
 
 def write_bundle(folder: Path, plan: Plan, files: Mapping[str, str]) -> Path:
-    """Writes plan.yaml and the program, hashed as a bundle is."""
+    """Writes plan.yaml and the program, hashed as a bundle is, a row for each op that it calls."""
     digests = {}
     for name, text in sorted(files.items()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
         digests[name] = hashlib.sha256(text.encode()).hexdigest()
-    dump_file(folder / "plan.yaml", msgspec.structs.replace(plan, files=digests))
+    stages = [text for name, text in files.items() if STAGE.fullmatch(name)]
+    ops = sorted({op for text in stages for op in IMPORT.findall(text)})
+    rows = tuple(Kernel(op=op, target="torch", file=f"program/{op}.py") for op in ops)
+    kernels = plan.kernels or rows
+    plan = msgspec.structs.replace(plan, files=digests, kernels=kernels)
+    dump_file(folder / "plan.yaml", plan)
     return folder
 
 

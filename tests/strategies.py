@@ -6,6 +6,7 @@ such as `tiny_plan()`, are in builders.py and can be imported from here too.
 
 import math
 from itertools import pairwise
+from pathlib import PurePosixPath
 
 import msgspec
 from builders import (
@@ -199,6 +200,10 @@ def schedules(draw: st.DrawFn, *, most_tokens: int = 2048) -> Rows:
     return tuple(zip(untils, sorted(chunks, reverse=True), strict=True))
 
 
+RANGES = st.sampled_from([((None, "torch"),), ((64, "torch"), (None, "torch"))])
+"""Rows of an op by the tokens of a step, in a target that every device has."""
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """Plans that pass every check."""
@@ -220,13 +225,14 @@ def plans(draw: st.DrawFn) -> Plan:
     files = draw(st.dictionaries(NAMES.map("program/{}.py".format), DIGESTS, max_size=3))
     kernels = tuple(
         Kernel(
-            op=draw(NAMES),
-            when=When(tokens_max=draw(st.none() | st.integers(1, 8192))),
-            target=draw(st.sampled_from(["torch", "triton"])),
-            params=draw(st.dictionaries(st.sampled_from(["BLOCK_M", "num_warps"]), st.integers())),
+            op=PurePosixPath(file).stem,
+            when=When(tokens_max=tokens_max),
+            target=target,
+            params=draw(st.dictionaries(st.sampled_from(["BLOCK_M", "STAGES"]), st.integers(0))),
             file=file,
         )
         for file in files
+        for tokens_max, target in draw(RANGES)
     )
     return make_plan(
         model=model,

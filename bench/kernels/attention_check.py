@@ -5,9 +5,9 @@ Poisoned outputs, fresh data, bf16 and fp16, mixed batches; exit status 1 if any
     PYTHONPATH=. python bench/kernels/attention_check.py [--small]
 """
 
+import argparse
 import itertools
 import random
-import sys
 import warnings
 from types import SimpleNamespace
 
@@ -88,8 +88,10 @@ def quantised(k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
 
 def main() -> None:
     """Prints a line a combination."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="few combinations, small batches")
+    small = parser.parse_args().small
     warnings.simplefilter("error")
-    small = "--small" in sys.argv
     torch.manual_seed(random.SystemRandom().randrange(1 << 30))
     failures = 0
     shapes = [(8, 4, 128, 128), (8, 8, 128, 128), (2, 4, 128, 64), (1, 16, 64, 64), (2, 1, 64, 16),

@@ -5,6 +5,7 @@ attention (or is not installed). Dense keys, but for FlashInfer, which reads the
 reads. FlashInfer compiles its kernels on the first call, for a minute or two.
 """
 
+import argparse
 import importlib
 import os
 import subprocess
@@ -139,5 +140,7 @@ def compile_one(queries: int) -> None:
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or ("64", "1"):
-        compile_one(int(each))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("queries", nargs="*", type=int, default=[64, 1], help="by default 64 and 1")
+    for each in parser.parse_args().queries:
+        compile_one(each)

@@ -6,8 +6,8 @@ A variant is the op under other values of its module constants, whose work list 
 too. All variants of a case run once in every round; printed are medians, p20 and p80.
 """
 
+import argparse
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -178,8 +178,14 @@ def exchange(flush: torch.Tensor) -> None:
 def main() -> None:
     """Runs the parts named, or all."""
     parts = {"merge": merge, "fp8": fp8, "cuts": cuts, "exchange": exchange}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    names = ", ".join(parts)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {names}; all by default")
+    chosen = parser.parse_args().parts
+    if unknown := [each for each in chosen if each not in parts]:
+        parser.error(f"no part {unknown[0]!r}; known: {names}")
     flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    for name in sys.argv[1:] or parts:
+    for name in chosen or parts:
         parts[name](flush)
         torch.cuda.empty_cache()
 

@@ -37,7 +37,7 @@ FAULTS = 400
 """Launches in which a fault that may stay hidden is to show."""
 SLOT, FIRST_SLOT, PIECES = 8, 10, 11
 """Columns of a work list."""
-ALIKE: dict[str, int] = {"MERGE_SLOTS": 8, "MERGE_ROWS": 32, "FEW_TOKENS": 0}
+ALIKE: dict[str, int] = {"MERGE_SLOTS": 8, "MERGE_ROWS": 32, "FEW_TOKENS": 1}
 """As many pieces at once in either merge of groups of 4, so that both add in the same order."""
 
 
@@ -199,8 +199,9 @@ def shared_tiles(device: torch.device, launches: int) -> str:
     """A product whose tiles are shared by several blocks."""
     x, weight = typed(device, normal(5, 4096, seed=1), normal(512, 4096, seed=2, scale=1 / 64))
     form = multiplying.choice().form(512, 5)
-    launch = core._hopper(device)  # noqa: SLF001 - tried out before anything is poisoned
-    partial, arrived = core._scratch(device)  # noqa: SLF001 - what blocks share
+    launch = core._hopper(x.device)  # noqa: SLF001 - tried out before anything is poisoned
+    # by the tensor's device, which has a number: one without would get buffers of its own
+    partial, arrived = core._scratch(x.device)  # noqa: SLF001 - what blocks share
 
     def call() -> tuple[torch.Tensor, ...]:
         partial.fill_(torch.nan)

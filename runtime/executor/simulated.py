@@ -12,6 +12,7 @@ from collections import deque
 
 from msgspec import Struct
 
+from plans.chunks import idle_queries, query_tile
 from plans.plan import Plan
 from runtime.clock import VirtualClock
 from runtime.executor.ahead import Ahead
@@ -112,6 +113,17 @@ class AheadExecutor(SimulatedExecutor):
         super().__init__(plan, clock)
         self._host = host
         self._ahead = Ahead(plan)
+        self._tile = query_tile(plan.model.group)
+        self._query_key_s = plan.step_time.pair_s * plan.model.layers
+
+    def stages_s(self, step: Step) -> tuple[float, ...]:
+        """The formula's, whose chunks fill their tiles of queries, and what these leave idle."""
+        [seconds] = super().stages_s(step)
+        idle = sum(
+            idle_queries(self._tile, each.prefix, each.tokens) * (each.prefix + each.tokens)
+            for each in step.chunks
+        )
+        return (seconds + idle * self._query_key_s,)
 
     def can_submit(self) -> bool:
         """Whether nothing is under way, or one step that may soon end."""

@@ -1,11 +1,14 @@
 """Memory that the GPUs of a tp group share, for kernels that are a collective by themselves.
 
 Symmetric memory of torch.distributed: every rank allocates alike, and each maps the others' memory
-through NVLink or PCIe. No multicast: nothing here needs it, and not every machine may use it. All
-ranks decide alike, so that none waits in a kernel for a peer that calls NCCL. Whatever is missing,
-an access, the library, the memory, is said once, and the collectives of NCCL are used.
+through NVLink. Links without atomic operations of their own, as PCIe, are left to NCCL: flags are
+set by these, and the sizes for which a kernel is used were measured on NVLink. No multicast:
+nothing here needs it, and not every machine may use it. All ranks decide alike, so that none waits
+in a kernel for a peer that calls NCCL. Whatever is missing, an access, the library, the memory, is
+said once, and the collectives of NCCL are used.
 """
 
+import ctypes
 import logging
 import os
 from dataclasses import dataclass
@@ -19,6 +22,10 @@ from torch.distributed._symmetric_memory import rendezvous
 
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 """Environment variable that torch reads when it maps memory."""
+
+NATIVE_ATOMICS = 3
+"""CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of the CUDA driver API: all of them."""
+DRIVER = "libcuda.so.1"
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,6 +128,32 @@ def _unreachable(places: list[tuple[str, int]], rank: int) -> str:
             return f"tp rank {other} is on {other_host}"
         if index >= torch.cuda.device_count() or not torch.cuda.can_device_access_peer(own, index):
             return f"device {own} has no access to the memory of device {index}"
+        problem = _no_atomics(own, index)
+        if problem:
+            return problem
+    return ""
+
+
+def _no_atomics(own: int, other: int) -> str:
+    """Why this device cannot do atomic operations on another's memory; empty where it can.
+
+    Asks the driver, as torch has no call for it; both count the devices that the process sees.
+    """
+    value, source, target = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL(DRIVER)
+        status = (
+            driver.cuInit(0)
+            or driver.cuDeviceGet(ctypes.byref(source), own)
+            or driver.cuDeviceGet(ctypes.byref(target), other)
+            or driver.cuDeviceGetP2PAttribute(ctypes.byref(value), NATIVE_ATOMICS, source, target)
+        )
+    except (OSError, AttributeError) as error:
+        return _said(error)
+    if status:
+        return f"the link of devices {own} and {other} is unknown: CUDA driver error {status}"
+    if not value.value:
+        return f"the link of devices {own} and {other} has no native atomic operations"
     return ""
 
 

@@ -5,7 +5,7 @@ awaited when several newer ones are under way. On a CPU a receive is posted when
 known, before the steps ahead of it have run, so that it overlaps with them. On a GPU it is posted
 behind them: NCCL receives by a kernel, which would wait beside them for as long as the stage before
 needs, on processors that they fill as if all were free. With receives posted ahead, the second of
-two stages took 0.70 s for what the first did in 0.58 (32,000 tokens, two H100,
+two stages took 0.70 s for what the first did in 0.58, and 0.56 since (32,000 tokens, two H100,
 bench/results/parallel_gpus_h100_202611.md); a chunk of 2,048 tokens is under way for 0.1 ms.
 
 T tokens of the step, D hidden.

@@ -21,6 +21,7 @@ B sequences, R sampled rows, D hidden, V vocabulary, N query heads, H head size,
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,8 +42,8 @@ from runtime.parallel.transfers import to_device
 from runtime.sampling import draw_greedy
 from runtime.weights import TORCH_DTYPE
 
-AGREE = timedelta(hours=1)
-"""How long a rank may take to compile what others have; one that dies is noticed by its beats."""
+AGREE = timedelta(minutes=10)
+"""How long a rank may take to compile what others have, or to record all sizes."""
 SAID = "said: "
 """Before what a rank says, so that no value of the store is empty."""
 NUMBERS = 5
@@ -75,11 +76,18 @@ class Agreement:
     def problems(self, what: str, own: str) -> dict[int, str]:
         """Waits until every rank has called this for `what`: the texts by rank, but empty ones.
 
-        Once for each `what`.
+        Once for each `what`. Raises MedhaError for ranks that do not within AGREE.
         """
         self._store.set(f"{what}/{self._rank}", f"{SAID}{own}")
         names = [f"{what}/{rank}" for rank in range(self._ranks)]
-        self._store.wait(names, AGREE)
+        try:
+            self._store.wait(names, AGREE)
+        except RuntimeError as error:  # of the store: time is over, or the connection lost
+            missing = [rank for rank, name in enumerate(names) if not self._store.check([name])]
+            raise MedhaError(
+                f"ranks {missing} said nothing of the {what} within {AGREE.total_seconds():.0f} s; "
+                "run with --no-graphs"
+            ) from error
         texts = [self._store.get(name).decode().removeprefix(SAID) for name in names]
         return {rank: text for rank, text in enumerate(texts) if text}
 
@@ -188,10 +196,8 @@ class StageGraphs:
         """
         try:
             with self._recorder.session():
-                own = self._try(self._run_first)
                 # inside: its end waits for the device, which may wait for a rank that has failed
-                problems = agreement.problems("first runs of decode steps", own)
-                self._check_together(problems)
+                problems = self._first_runs(agreement)
             if not problems:
                 own = self._try(self._record_all)
                 problems = agreement.problems("recorded decode steps", own)
@@ -204,7 +210,7 @@ class StageGraphs:
         self.problem = f"rank {first}: {problems[first]}"
 
     @staticmethod
-    def _try(act: Callable[[], None]) -> str:
+    def _try(act: Callable[[], object]) -> str:
         """What went wrong."""
         try:
             act()
@@ -213,7 +219,7 @@ class StageGraphs:
         return ""
 
     def _check_together(self, failed: Mapping[int, str]) -> None:
-        """Whether the tp ranks of a group have all failed, or none: else some wait for others."""
+        """Whether the tp ranks of a group all failed at this size, or none: else some wait."""
         mesh = self._rank.plan.parallelism
         for number, text in failed.items():
             others = [each for each in axis_ranks(mesh, number, "tp") if each not in failed]
@@ -223,10 +229,19 @@ class StageGraphs:
                     f"{others} of its tp group waiting; run with --no-graphs"
                 )
 
-    def _run_first(self) -> None:
-        """Every size as it is: kernels are compiled and loaded, and communicators set up."""
+    def _first_runs(self, agreement: Agreement) -> dict[int, str]:
+        """Every size as it is: kernels are compiled and loaded, and communicators set up.
+
+        No rank begins a size before all are through the one before, so those that fail do so at
+        the same one: a rank that went on would launch collectives that nobody joins.
+        """
         for size in reversed(self._sizes):
-            self._run(size, None)
+            own = self._try(partial(self._run, size, None))
+            problems = agreement.problems(f"first decode steps of {size}", own)
+            self._check_together(problems)
+            if problems:
+                return problems
+        return {}
 
     def _record_all(self) -> None:
         with self._recorder.session():

@@ -24,7 +24,7 @@ from plans.codec import content_hash
 from plans.errors import BundleMismatch, MedhaError
 from plans.mesh import coordinates
 from plans.plan import Plan
-from runtime.garbage import settle
+from runtime.garbage import release, settle
 from runtime.parallel import wire
 from runtime.parallel.groups import Groups, RankComm, join_groups
 from runtime.parallel.inbox import Inbox, start_beats
@@ -169,6 +169,8 @@ class Worker:
             if isinstance(last, wire.Stop):
                 return int(last.failed)
             opened = last
+            del stage  # its weights and pages are not to stand beside the next ones
+            release()
         return 0
 
     def _agree(self, bundle: Bundle, opened: wire.Open) -> wire.Welcome | None:

@@ -5,7 +5,8 @@ Shared by all policies, so that none can break a budget. Invariants:
 - every decode that can run is in the step, one token each; prefills never displace it
 - predicted seconds stay within the budget, but for the minimum progress of the first prefill
 - tokens of a group stay within max_step_tokens; a chunk stays within the plan's schedule and shard
-- where steps are launched ahead, a chunk that would begin a tile for a few tokens leaves them out
+- where steps are launched ahead, one that the budget ends leaves out the few tokens of a last tile,
+  and a chunk that it cuts ends with a tile of queries
 - best-effort prefills go last, but first in the steps that their share pays for (share.py)
 - at most one long prefill a group while others wait; it leaves its yield to waiting short ones
 - what does not fit is passed over, and time that nobody claimed goes to whom it would have fed
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from plans.chunks import chunk_at
+from plans.chunks import chunk_at, query_tile
 from runtime.book import Book
 from runtime.executor.base import Step
 from runtime.request import Sequence
@@ -34,8 +35,8 @@ MISSES = 256
 NOTHING_FAILED = (-1.0, 0)
 """Limit and prefix of a chunk that did not fit, when all did so far."""
 TILE_TOKENS = 128
-"""Tokens that a matrix product takes at a time, and between the sizes of large steps' graphs: 1,026
-tokens take as long as 1,152 (29.3 ms against 25.8 for 1,018 beside 30 decodes: 8B on an H100)."""
+"""Tokens that a matrix product takes at a time, and between the sizes of large steps' graphs: so
+1,026 tokens take as long as 1,152 (bench/results/engine_steps_h100_202611.csv)."""
 TILE_SHARE = 1 / 8
 """Most of a chunk that is cut off so that a step ends with a tile; more would cost more steps."""
 
@@ -55,6 +56,8 @@ class Draft:
     misses: int = 0
     hopeless: tuple[float, int] = NOTHING_FAILED
     """(limit, prefix): within that limit no least chunk behind that prefix, or more, fits."""
+    ended: bool = False
+    """What is left of the budget would begin a tile for a few tokens."""
     fits: tuple[int, float, bool] = (-1, 0.0, True)
     """Chunks placed, limit, and whether a fresh prompt still fitted then."""
 
@@ -70,6 +73,8 @@ class Packer:
         self._scheduling = scheduling
         self._maker = StepMaker(book)
         self._one_group = book.plan.parallelism.kvp == 1
+        self._tile = query_tile(book.plan.model.group)
+        """Tokens of a tile of queries."""
         self._budget = TimeBudget(book.plan)
         self._pages = PageTaker(book)
         self._share = BestEffortShare(
@@ -260,7 +265,7 @@ class Packer:
 
     def _full(self, draft: Draft, limit_s: float) -> bool:
         """Whether not even a least chunk of a fresh prompt fits into any group."""
-        if draft.misses >= MISSES:
+        if draft.misses >= MISSES or draft.ended:
             return True
         placed, limit_then_s, fits = draft.fits
         if placed != len(draft.placed) or limit_s != limit_then_s:
@@ -290,6 +295,8 @@ class Packer:
         self, draft: Draft, candidate: Candidate, *, least: bool, limit_s: float | None = None
     ) -> bool:
         """Places the largest chunk of a settled request; False where none fits."""
+        if draft.ended:
+            return False
         config = self._config
         sequence = self._book.sequences[candidate.number]
         limit_s = draft.budget_s if limit_s is None else limit_s
@@ -314,9 +321,12 @@ class Packer:
                     min(prefix, shortest) if limit_s <= limit_then_s else prefix,
                 )
             return False
-        if self._book.ahead and self._scheduling.chunk_tokens is None and tokens < sequence.missing:
+        if self._book.ahead and tokens < most:
             in_group = draft.loads.tokens(sequence.home, prefix)
-            tokens = max(_whole_tiles(in_group, tokens), floor)
+            # of the whole step only where the budget ends it, for all who wait
+            ends = _whole_tiles(in_group, tokens) if limit_s >= draft.budget_s else tokens
+            draft.ended = floor <= ends < tokens
+            tokens = ends if draft.ended else max(_whole_queries(self._tile, prefix, tokens), floor)
         tokens = self._pages.take(draft.pages, sequence, tokens, floor)
         if tokens <= 0:
             draft.misses += 1
@@ -368,3 +378,13 @@ def _whole_tiles(in_group: int, tokens: int) -> int:
     over = (in_group + tokens) % TILE_TOKENS
     few = min(tokens * TILE_SHARE, TILE_TOKENS / 2)
     return tokens - over if in_group + tokens > TILE_TOKENS and over <= few else tokens
+
+
+def _whole_queries(tile: int, prefix: int, tokens: int) -> int:
+    """The chunk without what begins another tile of queries, unless that is most of it.
+
+    70 tokens of 4 heads each behind 200,000 others lie in three or four tiles of 32 tokens: such
+    steps took 28 ms where the formula, whose chunks fill their tiles, has 22 (the same file).
+    """
+    over = (prefix + tokens) % tile
+    return tokens - over if 2 * over <= tokens else tokens

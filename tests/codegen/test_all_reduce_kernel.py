@@ -1,9 +1,15 @@
-"""The kernel that sums over ranks: equal on all of them to its definition, and free of races.
+"""The kernel that sums over ranks: equal on all of them to its definition, in its order of writes.
 
 Ranks are emulated: their memory lies in this process, flags and shares of the peers are there
-already. In the last test they are processes that really wait for each other.
+already. In the last test they are processes that really wait for each other. A CPU orders
+memory more strictly than a GPU does: what the GPU has to be told, is looked for in the PTX.
 """
 
+import json
+import os
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +186,77 @@ def test_steps_of_no_token_ask_nobody():
     empty = torch.zeros(0, 8)
     normed, total = ours.all_reduce_add_rms_norm(empty, empty, torch.ones(8), EPS, comm)
     assert normed.shape == total.shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "hopper", "width", "ranks", "rows"),
+    [
+        (132, 2048, True, 8192, 2, 256),  # two programs of 1024 threads, 32 registers each
+        (132, 2048, True, 16384, 2, 124),  # one
+        (132, 2048, True, 8192, 8, 124),
+        (108, 2048, False, 8192, 2, 100),  # registers of another architecture are not known
+        (142, 1536, False, 8192, 2, 134),
+        (108, 2048, True, 8192, 2, 208),
+    ],
+)
+def test_a_launch_has_no_more_rows_than_a_gpu_holds(*, cores, threads, hopper, width, ranks, rows):
+    found = ours.rows_at_once(width, 2, ranks, cores=cores, threads=threads, hopper=hopper)
+    assert found == rows
+
+
+def test_more_rows_than_a_gpu_holds_take_the_collective(monkeypatch):
+    monkeypatch.setattr(ours, "_rows_of", lambda *sizes: 2)
+    shares = [normal(3, 65, dtype="bf16", seed=seed) for seed in (0, 1)]
+    residual, weight = normal(3, 65, dtype="bf16", seed=2), normal(65, dtype="bf16", seed=3)
+    comm = Group(shares[1], World(2, 144, 0).peers[0])
+    ours.all_reduce_add_rms_norm(shares[0], residual, weight, EPS, comm)
+    assert comm.reduced == 1
+
+
+COMPILE = """
+import json, sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from codegen.gate_child import _number, _ptxas_log
+from codegen.kernels import load_spec
+from codegen.kernels.all_reduce_add_rms_norm.triton import all_reduce_add_rms_norm_kernel as kernel
+types, constants = json.load(sys.stdin)
+names = kernel.arg_names
+signature = {n: "constexpr" if n in constants else types[n] for n in names}
+fixed = {(names.index(n),): v for n, v in constants.items()}
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants
+           and (signature[n].startswith("*") or n in ("x_stride", "residual_stride", "slot"))}
+made = compile(ASTSource(kernel, signature, fixed, aligned), target=GPUTarget("cuda", 90, 32),
+               options={"num_warps": 32, "num_stages": 1})
+ptx = made.asm["ptx"]
+print(json.dumps([ptx, _number(r"Used (\\d+) registers", _ptxas_log(ptx))]))
+"""
+"""In a process of its own: here, an interpreter stands for the compiler."""
+
+
+def test_the_compiled_kernel_orders_memory_for_the_whole_system():
+    """Flags are set and seen with the order they need, and the launch before is waited for."""
+    known = SPEC.compilations[0]
+    constants = {**known.constants, "RANK": 0, "RANKS": 2, "LANES": 2, "OVERLAP": 1}
+    constants |= {"WIDTH": ours.WIDTH_LEAN, "BLOCK": ours.WIDTH_LEAN}
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        input=json.dumps([known.types, constants]),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ptx, registers = json.loads(done.stdout)
+    release = re.search(r"atom\.global\.sys\.release\.exch", ptx)
+    acquire = re.search(r"atom\.global\.sys\.acquire\.add", ptx)
+    wait = ptx.find("griddepcontrol.wait")
+    assert release is not None
+    assert acquire is not None
+    assert 0 < wait < release.start() < acquire.start()
+    assert registers <= ours.REGISTERS_LEAN, "two programs of 1024 threads have no room"
 
 
 # --- ranks that wait for each other ---------------------------------------------------------------

@@ -3,6 +3,9 @@
 On a CPU a kernel of our own stands in for Triton's; on a GPU bound launches are held to plain ones.
 """
 
+import ast
+import importlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codegen.kernels.paged_attention import gluon, launch, tiles
+from codegen.kernels.paged_attention import gluon, launch
 from codegen.kernels.paged_attention import triton as attention
 from codegen.kernels.paged_attention.launch import Launch, described
 from plans.ops import HostInputs
@@ -33,6 +36,7 @@ class Kernel:
     """Notes its launches, by how they were made."""
 
     arg_names = NAMES
+    do_not_specialize: tuple[str, ...] = ("rows",)
 
     def __init__(self) -> None:
         self.plain: list[tuple[tuple[int, ...], dict[str, Any]]] = []
@@ -116,18 +120,63 @@ def test_where_nothing_is_compiled_every_launch_is_plain():
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("kernel", [tiles.attention_kernel, tiles.merge_kernel])
-def test_no_number_of_a_step_is_specialised(kernel):
-    """So that no step compiles because some number is 1, or is divided by 16."""
-    source = kernel.fn if hasattr(kernel, "fn") else kernel
-    names = [name for name in source.__annotations__ if name]
+def decorated(module: Any, kernel: str) -> tuple[list[str], list[str]]:
+    """Whole numbers among a kernel's arguments, and those that its decorator leaves general.
+
+    Read from the text: the interpreter keeps nothing of the decorator.
+    """
+    (found,) = (
+        each
+        for each in ast.parse(Path(module.__file__).read_text()).body
+        if isinstance(each, ast.FunctionDef) and each.name == kernel
+    )
+    (decorator,) = found.decorator_list
+    assert isinstance(decorator, ast.Call)
+    (given,) = (each.value for each in decorator.keywords if each.arg == "do_not_specialize")
+    names = module.UNSPECIALISED if isinstance(given, ast.Name) else ast.literal_eval(given)
     numbers = [
-        name
-        for name in source.__code__.co_varnames[: source.__code__.co_argcount]
-        if name not in names and not name.endswith(("_ptr", "_desc")) and name != "scale2"
+        each.arg
+        for each in found.args.args
+        if each.annotation is None
+        and not each.arg.endswith(("_ptr", "_desc"))
+        and each.arg != "scale2"
     ]
+    return numbers, list(names)
+
+
+@pytest.mark.parametrize(
+    "kernel", ["tiles:attention_kernel", "tiles:merge_kernel", "gluon:attention_kernel"]
+)
+def test_no_number_of_a_step_is_specialised(kernel):
+    """So that a bound launch is right for all numbers, and no step compiles because one is 1."""
+    module, name = kernel.split(":")
+    numbers, free = decorated(
+        importlib.import_module(f"codegen.kernels.paged_attention.{module}"), name
+    )
     assert numbers
-    assert set(numbers) <= {*tiles.UNSPECIALISED, "tile_tokens"}
+    assert set(numbers) <= set(free)
+
+
+def test_a_kernel_that_is_compiled_for_a_number_is_never_bound():
+    kernel, out = Kernel(), torch.zeros(8)
+    kernel.do_not_specialize = ()
+    one = Launch(kernel, (1,), {"x_ptr": torch.zeros(8), "rows": 1, "scale": 1.0}, {"WIDTH": 8})
+    for _ in range(3):
+        one({"out_ptr": out})
+    assert len(kernel.plain) == 3
+    assert not kernel.bound
+
+
+def test_another_device_or_box_is_another_form():
+    box = SimpleNamespace(base=torch.zeros(8), block_shape=[8, 8])
+    other = SimpleNamespace(base=torch.zeros(8), block_shape=[8, 16])
+    on_meta = torch.zeros(8, device="meta")
+    forms = [
+        Launch(Kernel(), (1,), {"x_ptr": x, "rows": 1}, {}).key({"x_desc": each})[1:]
+        for x in (torch.zeros(8), on_meta)
+        for each in (box, other)
+    ]
+    assert len(set(forms)) == 4
 
 
 # --- forms ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from msgspec import structs
 from planner.assemble import to_plan
 from planner.bundle import compile_plan
 from planner.catalog import load_device, load_model, load_workload, topology_for
-from planner.folder import check_target, write_folder
+from planner.folder import check_inputs, check_target, write_folder
 from planner.search import search
 from planner.world import make_world
 from plans.check import check_plan
@@ -127,6 +127,17 @@ def test_an_interrupted_swap_puts_the_old_bundle_back(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_folder(folder, {"plan.yaml": b"other"}, overwrite=True)
     assert tree(tmp_path) == {f"bundle/{name}": content for name, content in FILES.items()}
+
+
+@pytest.mark.parametrize("flag", ["--workload", "--topology", "--model"])
+def test_a_bundle_that_holds_an_input_is_not_replaced(tmp_path, flag):
+    folder = tmp_path / "bundle"
+    write_folder(folder, {**FILES, "in/config.json": b"{}"}, overwrite=False)
+    given = folder / "in" if flag == "--model" else folder / "in/config.json"
+    with pytest.raises(UsageError, match=f"{flag} .* is in it and would be replaced"):
+        check_inputs(folder, {flag: given})
+    check_inputs(folder / "in/new", {flag: given})
+    check_inputs(tmp_path / "other", {flag: given, "--workload": "chat", "--topology": None})
 
 
 # --- the program --------------------------------------------------------------------------------

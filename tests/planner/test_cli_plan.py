@@ -160,6 +160,7 @@ def test_schema_is_printed_as_json(plan_it):
         (("--tbt-slo", "0"), "--tbt-slo 0"),
         (("--hardware", "cpu", "--attention", "flash-attn"), "cpu has no GPU; nearest: ours"),
         (("--attention", "flash-attn"), "--no-kernels makes no program; leave one of the two out"),
+        (("--dump-graph",), "--dump-graph: --no-kernels makes no program"),
         (("--tbt-slo", "1e308"), "--tbt-slo 1e308: not a time above 0"),
         (("--tbt-slo", "1000001"), "500ms; at most 1000000"),
         (("--topology", "missing.yaml"), "missing.yaml"),

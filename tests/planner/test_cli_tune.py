@@ -101,9 +101,38 @@ def test_a_dry_run_lists_only_what_was_asked_for(medha_tune):
     assert "profile gemm" not in out
 
 
+def test_a_name_of_one_half_asks_for_that_half_alone(medha_tune):
+    _, out, _ = medha_tune("--dry-run", "--op", "rope")
+    assert "kernel rope " in out
+    assert "profile" not in out
+    _, out, _ = medha_tune("--dry-run", "--table", "links", "--limit-s", "60")
+    assert "profile links: " in out
+    assert "kernel" not in out
+
+
+def test_a_dry_run_lists_links_only_where_a_run_measures_them(medha_tune):
+    _, out, _ = medha_tune("--dry-run", "--profile", "--table", "copy")
+    assert "profile links" not in out
+    _, out, _ = medha_tune("--dry-run", "--profile", "--table", "copy,links")
+    assert "profile links" in out
+
+
+def test_a_table_alone_tunes_no_kernel_and_an_op_alone_profiles_nothing(medha_tune, device):
+    assert medha_tune("--table", "copy", "--out", device / "tables")[0] == 0
+    assert [path.name for path in (device / "tables").iterdir()] == ["profiles"]
+    assert medha_tune("--op", "rope", "--out", device / "ops")[0] == 0
+    assert [path.name for path in (device / "ops").iterdir()] == ["tuned"]
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
+        (("--dry-run", "--kernels", "--table", "copy"), "--table is of --profile"),
+        (("--dry-run", "--profile", "--op", "rope"), "--op is of --kernels"),
+        (("--dry-run", "--op", "rope", "--table", "copy"), "--op is of the kernels, --table of"),
+        (("--dry-run", "--op", "rope,rope"), "--op rope,rope: 'rope' stands twice"),
+        (("--dry-run", "--table", "copy,copy"), "--table copy,copy: 'copy' stands twice"),
+        (("--dry-run", "--op", "silu"), "--op silu: it has no tunables; ops to tune: add_rms_norm"),
         (("--dry-run", "--op", "rop"), "unknown op 'rop'; nearest: rope"),
         (("--dry-run", "--table", "gemms"), "unknown table 'gemms'; nearest: gemm"),
         (("--dry-run", "--effort", "max"), "--effort max: one of none, quick, full"),

@@ -1,5 +1,6 @@
 """Recorded texts of nvidia-smi and /sys become topologies that a search accepts."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -289,7 +290,9 @@ def test_what_a_driver_does_not_know_is_assumed_and_said(tmp_path):
     assert "nvidia-smi does not say; assumed" in text
 
 
-@pytest.mark.parametrize("texts", [{}, {"--query-gpu": ""}])
+@pytest.mark.parametrize(
+    "texts", [{}, {"--query-gpu": ""}, {"--query-gpu": "No devices were found\n"}]
+)
 def test_a_machine_without_gpus_is_an_error_with_status_1(tmp_path, texts):
     with pytest.raises(MedhaError, match="no GPU found") as caught:
         detect(runner(texts), tmp_path)
@@ -319,7 +322,9 @@ def test_a_gpu_that_the_catalog_lacks_names_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("parse", "text", "named"),
     [
-        (parse_gpus, "No devices were found\n", "No devices were found"),
+        (parse_gpus, "0, NVIDIA H200\n", "0, NVIDIA H200"),
+        (parse_gpus, "0, NVIDIA H200, 5, 16\n0, NVIDIA H200, 5, 16\n", "device 0 more than once"),
+        (parse_matrix, "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV0\n", "NV0"),
         (parse_matrix, "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \n", "GPU0"),
         (parse_matrix, "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tFOO\n", "FOO"),
     ],
@@ -339,3 +344,28 @@ def test_other_text_has_no_matrix_no_links_and_no_ports(tmp_path):
     assert parse_nvlinks("Unable to retrieve NVLink information\n") == {}
     assert parse_nvlinks("GPU 0: NVIDIA L40S\n\t Link 0: <inactive>\n") == {}
     assert read_ports(tmp_path) == ()
+
+
+def test_a_device_that_the_matrix_leaves_out_is_said_where_it_is_put(tmp_path):
+    query = "".join(f"{each}, NVIDIA H100 80GB HBM3, 5, 16\n" for each in range(3))
+    text = detect(runner({**RECORDED_TWO, "--query-gpu": query}), tmp_path)
+    assert "matrix of connections has no GPU2: it is taken to be under a CPU of its own" in text
+    assert ("gpu2", "cpu1") in planned(text, tmp_path, 3).fabric.wires[1].joins
+
+
+def test_a_matrix_may_begin_with_any_device(tmp_path):
+    names = ["NIC0", "GPU1", "GPU0"]
+    cells = parse_matrix(matrix(names, lambda row, column: "PIX", affinity)).cells
+    assert cells["GPU0", "GPU1"] == cells["NIC0", "GPU0"] == "PIX"
+    assert len(cells) == 9
+
+
+def test_a_matrix_that_cannot_be_read_is_not_called_none(tmp_path):
+    query = "0, NVIDIA L40S, 4, 16\n1, NVIDIA L40S, 4, 16\n"
+    text = detect(runner({"--query-gpu": query, "-m": "topology: unsupported\n"}), tmp_path)
+    assert "gave no matrix of connections that can be read" in text
+
+
+def test_output_that_is_no_text_is_no_traceback():
+    command = (sys.executable, "-c", "import sys; sys.stdout.buffer.write(b'0, \\xff, 5, 16')")
+    assert detecting.run_command(command) == "0, \N{REPLACEMENT CHARACTER}, 5, 16"

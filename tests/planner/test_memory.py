@@ -1,6 +1,7 @@
 """Memory: exact weights, monotone in everything, honest about what does not fit."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, reject
@@ -10,11 +11,14 @@ from strategies_planner import worlds
 
 from planner.catalog import load_device, load_model, load_workload, topology_for
 from planner.memory import (
+    GRAPH_SEQUENCES,
+    GRAPH_TOKENS,
     GRAPHS_BYTES,
     activations_bytes,
     attention_partials_bytes,
     footprint,
     graph_buffers_bytes,
+    graphs_beyond_bytes,
     holds,
     local_kv_heads,
     page_bytes,
@@ -138,8 +142,70 @@ def test_kv_heads_are_repeated_once_tp_exceeds_them(world):
 @pytest.mark.parametrize("tp", [1, 8])
 def test_recorded_steps_fit_in_the_part_of_reserved_bytes_that_is_theirs(model, tp):
     world = h100s(model, tp)
-    assert 0 < graph_buffers_bytes(world, candidate(world, tp=tp)) < GRAPHS_BYTES
+    each = candidate(world, tp=tp)
+    assert 0 < graph_buffers_bytes(world, each, 8192) < GRAPHS_BYTES
+    assert graphs_beyond_bytes(world, each, 8192) == 0
     assert world.device.reserved_bytes > GRAPHS_BYTES
+
+
+def test_recorded_steps_beyond_that_part_are_in_the_account():
+    """A model of one layer that is several times as wide as those of the catalog."""
+    small = h100s("llama3-8b", 1)
+    wide = dataclasses.replace(
+        small, model=structs.replace(small.model, hidden=1 << 15, ffn=1 << 17, layers=1)
+    )
+    beyond = [graphs_beyond_bytes(each, candidate(each), 8192) for each in (small, wide)]
+    assert beyond[0] == 0
+    least = 2048 * 2 * (4 * (1 << 15) + 3 * (1 << 17))  # residual stream, and the MLP
+    assert beyond[1] > least - GRAPHS_BYTES
+    without = dataclasses.replace(
+        wide, device=structs.replace(wide.device, compute_capability=None)
+    )
+    assert graphs_beyond_bytes(without, candidate(without), 8192) == 0
+    partials = attention_partials_bytes(wide, candidate(wide), 8192)
+    assert activations_bytes(wide, candidate(wide)) - activations_bytes(
+        without, candidate(without)
+    ) == (beyond[1] + partials)
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"spp": 2}, {"kvp": 2}, {"tp": 2, "spp": 2}])
+@pytest.mark.parametrize("context", [8192, 1 << 20])
+def test_buffers_of_several_ranks_hold_what_stands_beside_their_graphs(degrees, context):
+    """The tensors that the runtime makes itself, on no device; besides the pool."""
+    torch = pytest.importorskip("torch")
+    from runtime.parallel import graphs, pieces, stage_graphs  # noqa: PLC0415 - as torch
+
+    assert (pieces.SIZES[-1], graphs.SIZES[-1]) == (GRAPH_TOKENS, GRAPH_SEQUENCES)
+    world = h100s("llama3-8b", 4)
+    each, most = candidate(world, **degrees), GRAPH_SEQUENCES
+    shard = -(-context // degrees.get("kvp", 1) // world.page_tokens) * world.page_tokens
+    plan = SimpleNamespace(
+        kv=SimpleNamespace(tokens_per_kvp_shard=shard, page_tokens=world.page_tokens),
+        model=world.model,
+    )
+    owner = stage_graphs.StageGraphs.__new__(stage_graphs.StageGraphs)
+    owner._rank = SimpleNamespace(  # noqa: SLF001 - what its allocation reads
+        plan=plan,
+        device=torch.device("meta"),
+        is_first="spp" not in degrees,  # one that is last and not first holds both
+        is_last=True,
+        place=SimpleNamespace(tp=0),
+    )
+    owner._hidden_BD = owner._logits_RV = owner._shares = None  # noqa: SLF001
+    owner._allocate(most)  # noqa: SLF001
+    if "kvp" in degrees:
+        heads, head = world.model.heads // degrees.get("tp", 1), world.model.head_dim
+        out = torch.zeros((most, heads, head), dtype=torch.bfloat16, device="meta")
+        owner.shares(most, out, torch.zeros((most, heads), device="meta"))
+    made = [held for value in vars(owner).values() for held in
+            (value if isinstance(value, tuple) else (value,))
+            if isinstance(held, torch.Tensor)]  # fmt: skip
+    beside = sum(tensor.nbytes for tensor in made)
+    # the pool holds rows of as many tokens, and logits
+    narrow = graph_buffers_bytes(world, each, context)
+    pool = most * (4 * world.model.vocab + 2 * 4 * world.model.hidden)
+    assert pool + beside <= narrow < GRAPHS_BYTES
+    assert beside >= 131_000_000  # logits of 256 sequences alone
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])

@@ -3,9 +3,12 @@
 import dataclasses
 
 import pytest
+from msgspec import structs
 
+from planner import profiles
 from planner.profiles import (
     KEYS,
+    NAMES,
     About,
     Row,
     catalog_device,
@@ -112,10 +115,64 @@ def test_a_profile_without_its_origin_is_refused(tmp_path):
 
 def test_every_table_can_hold_a_row(tmp_path):
     for table, keys in KEYS.items():
-        key = tuple("x" if name in {"op", "what"} else 7 for name in keys)
+        key = tuple(NAMES[table][0] if name in {"op", "what"} else 7 for name in keys)
         row = Row(key=key, role="fit", us=1.0, spread_us=0.0)
         assert read_table(write_table(tmp_path, table, [row])) == (row,)
         assert dataclasses.replace(row, key=key) == row
+
+
+@pytest.mark.parametrize("table", NAMES)
+def test_a_name_that_nobody_reads_is_refused_with_the_nearest(tmp_path, table):
+    known = NAMES[table][0]
+    key = tuple(known[:-1] if name in {"op", "what"} else 7 for name in KEYS[table])
+    path = write_table(tmp_path, table, [Row(key=key, role="fit", us=1.0, spread_us=0.0)])
+    with pytest.raises(InvalidFile, match=rf"{table}\.csv: line 2: .*nearest: {known}"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("hot", [{"zz": 2.0}, {"rows": 2.0}, {"gemm": -1.0}, {"gemm": 0.5}])
+def test_a_factor_that_nothing_uses_or_no_heat_makes_names_the_file(tmp_path, hot):
+    dump_file(tmp_path / "about.yaml", structs.replace(ABOUT, hot=hot))
+    write_table(tmp_path, "gemm", PRODUCTS)
+    with pytest.raises(InvalidFile, match=rf"about\.yaml: hot\.{next(iter(hot))}: "):
+        read_profile(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "torch_name", "good"),
+    [
+        ("h100-sxm-80gb", "NVIDIA H100 80GB HBM3", True),
+        ("h200-sxm-141gb", "NVIDIA H200", True),
+        ("h100-sxm-80gb", "NVIDIA H200", False),
+        ("h100-sxm-80gb", "NVIDIA H100 NVL", False),
+        ("h200-sxm-141gb", "NVIDIA H100 80GB HBM3", False),
+        ("h100-sxm-80gb", "NVIDIA Unheard 9000", False),
+    ],
+)
+def test_a_profile_of_another_device_is_refused_in_the_catalog(
+    tmp_path, monkeypatch, device, torch_name, good
+):
+    folder = tmp_path / device
+    folder.mkdir()
+    dump_file(folder / "about.yaml", structs.replace(ABOUT, device=torch_name))
+    write_table(folder, "gemm", PRODUCTS)
+    monkeypatch.setattr(profiles, "PROFILES", tmp_path)
+    load = load_profile.__wrapped__  # each case anew
+    if good:
+        assert load(device).tables["gemm"] == PRODUCTS
+    else:
+        with pytest.raises(InvalidFile, match=rf"about\.yaml: device: .* is not {device}"):
+            load(device)
+
+
+def test_parts_of_a_step_that_were_not_measured_are_named(tmp_path):
+    dump_file(tmp_path / "about.yaml", ABOUT)
+    rows = [Row(key=(name,), role="fit", us=1.0, spread_us=0.0) for name in NAMES["step"]]
+    write_table(tmp_path, "step", rows)
+    assert read_profile(tmp_path).gaps() == []
+    write_table(tmp_path, "step", [row for row in rows if row.key != ("decode_list",)])
+    (line,) = read_profile(tmp_path).gaps()
+    assert "step.csv has no decode_list" in line
 
 
 @pytest.mark.parametrize(

@@ -242,3 +242,47 @@ def test_shipped_records_are_whole_and_of_real_kernels():
                 assert one.error <= 1
                 for name, value in one.params.items():
                     assert value in spaces[one.regime][name]
+
+
+@pytest.mark.parametrize(
+    ("buckets", "field"),
+    [
+        ((), "buckets: is empty"),
+        ((bucket(params={"BLOCK": -7}, tokens=64),), r"buckets\[0\]\.params\.BLOCK: -7"),
+        ((bucket(tokens=-1),), r"buckets\[0\]\.when\.tokens: -1"),
+        ((structs.replace(bucket(width=8), library_us=1.0),), r"buckets\[0\]\.when: has no tokens"),
+    ],
+)
+def test_a_record_that_no_kernel_can_have_is_refused(tmp_path, buckets, field):
+    install(tmp_path, "h200-sxm-141gb", record(buckets=buckets))
+    with pytest.raises(InvalidFile, match=rf"silu_mul\.yaml: {field}"):
+        load_records("h200-sxm-141gb", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"BLOK": 1024}, r"buckets\[0\]\.params\.BLOK: no tunable of silu_mul; nearest: BLOCK"),
+        ({"BLOCK": 1000}, r"buckets\[0\]\.params\.BLOCK: 1000 .*nearest: 1024"),
+    ],
+)
+def test_a_record_of_todays_source_has_todays_tunables(tmp_path, monkeypatch, params, said):
+    own = bucket(params=params, tokens=64, width=128)
+    source = bundle.source_sha256("silu_mul")
+    install(tmp_path, "h200-sxm-141gb", record(buckets=(own,), source_sha256=source))
+    monkeypatch.setattr(tuned, "TUNED", tmp_path)
+    with pytest.raises(InvalidFile, match=rf"silu_mul\.yaml: {said}"):
+        bundle.tuned(plan_on("h200-sxm-141gb"))
+
+
+def test_every_record_of_the_catalog_that_is_used_keeps_to_its_search():
+    found = bundle.tuned(plan_on("h100-sxm-80gb"))
+    assert found.params or found.notes
+
+
+def test_a_product_that_is_always_the_librarys_has_no_range_of_no_tokens():
+    program = emit_program(
+        plan_on("h200-sxm-141gb"), target="triton", params={"linear": {"TOKENS_MAX": 0}}
+    )
+    rows = [each for each in program.kernels if each.op == "linear"]
+    assert [each.when.tokens_max for each in rows] == [None]

@@ -12,7 +12,7 @@ from plans.codec import dump_file
 from plans.errors import InvalidFile
 from plans.mesh import Parallelism
 from plans.model import RopeScaling
-from plans.plan import Kernel, Percentiles, Plan, Replay
+from plans.plan import Kernel, Percentiles, Plan, Replay, When
 from plans.steptime import Knot
 from plans.topology import Fabric, Link, Network, Part, Wires
 from plans.workload import ClassTargets
@@ -41,6 +41,13 @@ def row_changed(plan: Plan, row: int, **fields) -> Plan:
     rows = list(plan.prefill.chunks)
     rows[row] = msgspec.structs.replace(rows[row], **fields)
     return changed(plan, "prefill", chunks=tuple(rows))
+
+
+def with_rows(plan, *rows):
+    """The plan with a program of one op and these rows of it."""
+    row = {"op": "linear", "target": "torch", "file": "program/linear.py"}
+    kernels = tuple(Kernel(**(row | each)) for each in rows)
+    return msgspec.structs.replace(plan, files={"program/linear.py": DIGEST}, kernels=kernels)
 
 
 def moved_bytes(plan: Plan, part: str, size: int) -> Plan:
@@ -235,8 +242,19 @@ MUTATIONS: dict[str, list[tuple[str, Callable[[Plan], Plan]]]] = {
            lambda plan, name=name: msgspec.structs.replace(plan, files={name: DIGEST}))
           for name in ("/a.py", "../a.py", "a//b.py", "./a.py")),
     ],
-    "kernels": [("kernels[0].file", lambda plan: msgspec.structs.replace(
-        plan, kernels=(Kernel(op="rms_norm", target="torch", file="program/a.py"),)))],
+    "kernels": [
+        ("kernels[0].file", lambda plan: msgspec.structs.replace(
+            plan, kernels=(Kernel(op="a", target="torch", file="program/a.py"),))),
+        ("kernels", lambda plan: msgspec.structs.replace(
+            plan, files={"program/paged_attention.py": DIGEST})),
+        ("kernels[0].file", lambda plan: with_rows(plan, {"op": "lineaar"})),
+        ("kernels[0].target", lambda plan: with_rows(plan, {"target": "triton"})),
+        ("kernels[0].params.BLOCK", lambda plan: with_rows(plan, {"params": {"BLOCK": -5}})),
+        ("kernels[1].op", lambda plan: with_rows(plan, {}, {})),
+        ("kernels[1].when.tokens_max",
+         lambda plan: with_rows(plan, *({"when": When(tokens_max=8)},) * 2, {})),
+        ("kernels", lambda plan: with_rows(plan, {"when": When(tokens_max=8)})),
+    ],
     "predicted": [
         ('predicted.ttft_s["1025"]', lambda plan: changed(plan, "predicted", ttft_s={"1025": 1.0})),
         ('predicted.tbt_s["8k"]', lambda plan: changed(plan, "predicted", tbt_s={"8k": 1.0})),

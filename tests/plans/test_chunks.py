@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import schedules, step_times, tiny_step_time
 
-from plans.chunks import WorkTable, add_sharded_chunk, chunk_at, least_solo_s, split_prompt
+from plans.chunks import (
+    QUERY_ROWS,
+    WorkTable,
+    add_sharded_chunk,
+    chunk_at,
+    idle_queries,
+    least_solo_s,
+    query_tile,
+    split_prompt,
+)
 from plans.steptime import StepLoad, StepTime
 
 SHARDS = st.integers(16, 1500)
@@ -150,3 +159,16 @@ def test_no_cut_of_a_prompt_and_no_company_beats_its_least_time(time, cuts, comp
             prefix += tokens
             rest -= tokens
     assert free[-1] >= least_solo_s(time, prefix, shard) * (1 - 1e-9)
+
+
+@given(st.integers(1, 200))
+def test_a_tile_of_queries_is_the_largest_power_of_two_that_fits(group):
+    tile = query_tile(group)
+    fitting = [1 << bits for bits in range(8) if group << bits <= QUERY_ROWS]
+    assert tile == max(fitting, default=1)
+
+
+@given(st.sampled_from([1, 8, 32, 128]), st.integers(0, 5000), st.integers(1, 600))
+def test_idle_queries_are_those_of_the_tiles_that_a_chunk_touches(tile, prefix, tokens):
+    touched = {at // tile for at in range(prefix, prefix + tokens)} if tokens > tile else {0}
+    assert idle_queries(tile, prefix, tokens) == len(touched) * tile - tokens

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from runtime_audit import Audit, FeedingExecutor, Run
 from strategies_runtime import QUANTUM_S, linear_plan, requests, sim_plan
 
+from plans.chunks import query_tile
 from plans.plan import Plan
 from runtime.clock import VirtualClock
 from runtime.decisions import DecisionLog, read_log, replay
@@ -19,7 +20,7 @@ from runtime.engine import Engine
 from runtime.executor.simulated import AheadExecutor, Host
 from runtime.request import Request
 from runtime.scheduler import load_policy
-from runtime.scheduler.pack import TILE_TOKENS, _whole_tiles
+from runtime.scheduler.pack import TILE_TOKENS, _whole_queries, _whole_tiles
 from runtime.simulate import packs_ahead, simulate
 
 POLICIES = st.sampled_from(["lars", "fcfs", "fcfs,chunk=40", "lars,chunk=7", "fcfs@vllm,chunk=50"])
@@ -58,16 +59,65 @@ def test_a_chunk_loses_only_the_few_tokens_that_would_begin_a_tile(others, token
         assert not over or over > min(tokens / 8, TILE_TOKENS / 2)
 
 
-@pytest.mark.parametrize(
-    ("ahead", "first"), [(True, 2 * TILE_TOKENS), (False, 2 * TILE_TOKENS + 6)]
+@given(
+    tile=st.sampled_from([1, 2, 8, 16, 32, 64, 128]),
+    prefix=st.integers(0, 1000),
+    tokens=st.integers(1, 500),
 )
-def test_steps_end_with_a_tile_only_where_they_are_launched_ahead(ahead, first):
-    plan = linear_plan(idle_budget_s=(2 * TILE_TOKENS + 6) * QUANTUM_S, max_step_tokens=4096)
-    run = Run(plan, "fcfs", ahead=ahead)
-    request = Request(number=0, arrival_s=0.0, prompt_tokens=900, max_tokens=1)
-    run.engine.admit(request, 0.0)
+def test_a_chunk_ends_with_a_tile_of_queries_unless_that_takes_most_of_it(tile, prefix, tokens):
+    kept = _whole_queries(tile, prefix, tokens)
+    assert tokens / 2 <= kept <= tokens
+    if (prefix + kept) % tile:
+        assert kept == tokens
+        assert 2 * ((prefix + tokens) % tile) > tokens
+
+
+def test_chunks_beside_decodes_end_with_a_tile_of_queries():
+    """Where a step leaves a prompt more than one."""
+    small = linear_plan(max_step_tokens=4096)
+    tile = query_tile(small.model.group)
+    plan = linear_plan(max_step_tokens=4096, step_budget_s=(1 + 4 * tile) * QUANTUM_S)
+    run = Run(plan, "fcfs", ahead=True)
+    run.engine.add(Request(number=0, arrival_s=0.0, prompt_tokens=1, max_tokens=50))
+    run.engine.add(Request(number=1, arrival_s=0.0, prompt_tokens=900, max_tokens=1))
+    run.drain()
+    beside = [
+        (chunk.prefix + chunk.tokens, chunk.tokens)
+        for step in run.audit.steps
+        for chunk in step.chunks
+        if chunk.request == 1 and len(step.decodes) and chunk.prefix
+    ]
+    assert len(beside) > 2, beside
+    assert {end % tile for end, _ in beside[:-1]} == {0}, beside
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("policy", ["fcfs", "lars", "lars-lanes"])
+@pytest.mark.parametrize("waiting", [1, 2, 5])
+def test_a_step_that_the_budget_ends_ends_with_a_tile_where_it_is_launched_ahead(
+    ahead, policy, waiting
+):
+    """However many wait for what it leaves out."""
+    tokens = 3 * TILE_TOKENS + 40
+    plan = linear_plan(idle_budget_s=tokens * QUANTUM_S, max_step_tokens=4096, long_tokens=65536)
+    run = Run(plan, policy, ahead=ahead)
+    for number in range(waiting):
+        run.engine.admit(
+            Request(number=number, arrival_s=0.0, prompt_tokens=900, max_tokens=1), 0.0
+        )
     step = run.engine.decide(0.0)
-    assert [chunk.tokens for chunk in step.chunks] == [first]
+    assert sum(chunk.tokens for chunk in step.chunks) == (3 * TILE_TOKENS if ahead else tokens)
+
+
+def test_what_a_request_ends_leaves_room_for_the_next_one():
+    plan = linear_plan(idle_budget_s=900 * QUANTUM_S, max_step_tokens=4096)
+    run = Run(plan, "fcfs", ahead=True)
+    for number, prompt in enumerate((130, 900)):
+        run.engine.admit(
+            Request(number=number, arrival_s=0.0, prompt_tokens=prompt, max_tokens=1), 0.0
+        )
+    step = run.engine.decide(0.0)
+    assert [chunk.tokens for chunk in step.chunks] == [130, 512]  # the schedule's largest chunk
 
 
 HOSTS = st.builds(

@@ -3,6 +3,10 @@
 from codegen.kernels.base import Compilation, Range, Spec, Value
 
 PARAMS = {
+    "MARGIN": 8,
+    "REGISTERS": 64,
+    "REGISTERS_LEAN": 32,
+    "WIDTH_LEAN": 8192,
     "TOKENS_MAX": 256,
     "PAIR_READ_KIB_MAX": 4096,
     "READ_KIB_MAX": 2048,

@@ -16,11 +16,12 @@ launch that began when its launch e, with all its reads, was over. So no trailin
 The flags only grow; compared by the sign of a difference, they may wrap around. A rank's launches
 follow each other, on one stream, and all ranks run the same ones in the same order, recorded or
 not. A launch that may overlap with the one before waits for it first. Programs wait only for
-the peers' programs of the same row, and all of a launch are on a GPU at once, so none waits for
-one that cannot start: two ranks' 256 rows of 8192 take 32 registers a thread, which leaves room for
-264 programs on 132 multiprocessors; more registers (54 for 16384 columns, 52 to 64 for eight ranks)
-leave room for 132, and the limits of bytes then allow 128 rows or fewer. A peer that died is waited
-for until somebody ends the process, as in NCCL.
+the peers' programs of the same row, and a launch has no more rows than fit on the GPU at once less
+MARGIN (`rows_at_once`), so none waits for one that cannot start: two ranks' rows of 8192 take 32
+registers a thread on sm_90, which leaves room for 264 programs on 132 multiprocessors; others are
+taken to use 64, the most that 32 warps can have. Beside a send of NCCL some rows may start late; it
+waits for steps that the next stage began before, never for this launch, so it ends. A peer that
+died is waited for until somebody ends the process, as in NCCL.
 
 The floor: 2 us for three trips (own share to L2 and the fence; the flag to the peer; the peer's
 share back), and (ranks - 1) x bytes of the rows over 450 GB/s, what NVLink carries one way. For
@@ -40,7 +41,14 @@ import triton.language as tl
 from codegen.kernels.add_rms_norm.triton import add_rms_norm
 
 TOKENS_MAX = 256
-"""Steps of more tokens take Comm.all_reduce: so many programs are on a GPU at once."""
+"""Steps of more tokens take Comm.all_reduce; fewer on a GPU that holds fewer programs at once."""
+MARGIN = 8
+"""Programs that would fit and are left out."""
+REGISTERS_LEAN = 32
+"""A thread's for 16-bit rows padded to WIDTH_LEAN and two ranks, as compiled for sm_90."""
+REGISTERS = 64
+"""The most of a thread of 32 warps, and of all others that were compiled."""
+WIDTH_LEAN = 8192
 PAIR_READ_KIB_MAX = 4096
 """The same for what one of two ranks would read: as far as measured, where it takes half as long as
 NCCL, which moves as much."""
@@ -138,7 +146,10 @@ def all_reduce_add_rms_norm(
         peers = comm.peers(TOKENS_MAX, -(-row_bytes // 16) * 16)
     if peers is not None:
         most = PAIR_READ_KIB_MAX if peers.ranks == 2 else READ_KIB_MAX
-        if (peers.ranks - 1) * tokens * row_bytes <= most << 10:
+        if (
+            tokens <= _rows_of(x_TD.device, width, x_TD.element_size(), peers.ranks)
+            and (peers.ranks - 1) * tokens * row_bytes <= most << 10
+        ):
             return one_shot(x_TD, residual_TD, weight_D, eps, peers)
     return add_rms_norm(comm.all_reduce(x_TD), residual_TD, weight_D, eps)
 
@@ -181,10 +192,44 @@ def one_shot(
         BLOCK=block,
         OVERLAP=overlap,
         launch_pdl=overlap,
-        num_warps=min(max(block // ELEMENTS_A_WARP, 1), 32),
+        num_warps=_warps(block),
         num_stages=1,
     )
     return normed_TD, total_TD
+
+
+def _warps(block: int) -> int:
+    return min(max(block // ELEMENTS_A_WARP, 1), 32)
+
+
+def rows_at_once(
+    width: int, item_bytes: int, ranks: int, *, cores: int, threads: int, hopper: bool
+) -> int:
+    """Rows whose programs are on a GPU together, whatever else comes.
+
+    cores    multiprocessors
+    threads  that one of them holds; each has 65536 registers
+    """
+    program = 32 * _warps(triton.next_power_of_2(width))
+    lean = hopper and ranks == 2 and item_bytes == 2 and WIDTH_LEAN // 2 < width <= WIDTH_LEAN
+    registers = REGISTERS_LEAN if lean else REGISTERS
+    return cores * min(threads // program, 65536 // (registers * program)) - MARGIN
+
+
+@functools.cache
+def _rows_of(device: torch.device, width: int, item_bytes: int, ranks: int) -> int:
+    """The same of a device; a CPU runs one program after the other, in tests."""
+    if device.type != "cuda":
+        return TOKENS_MAX
+    found = torch.cuda.get_device_properties(device)
+    return rows_at_once(
+        width,
+        item_bytes,
+        ranks,
+        cores=found.multi_processor_count,
+        threads=found.max_threads_per_multi_processor,
+        hopper=found.major == 9,
+    )
 
 
 @functools.cache

@@ -46,6 +46,7 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._arguments = dict(arguments)
         self._constants = constants
+        self._free = _unspecialised(kernel, self._arguments)
         self._bound: Callable[..., None] | None = None
         self._listed: list[Any] = []
         self._places: dict[str, int] = {}
@@ -54,7 +55,7 @@ class Launch:
         """Launches, with the rest of the arguments: tensors and descriptors."""
         if self._bound is None:
             compiled = _COMPILED.get(self.key(given))
-            if compiled is not None and _aligned(self._arguments):
+            if compiled is not None and self._free and _aligned(self._arguments):
                 self._bind(compiled)
         if self._bound is None or not _aligned(given):
             self._launch(given)
@@ -85,6 +86,12 @@ class Launch:
         self._bound = compiled[self._grid]
 
 
+def _unspecialised(kernel: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether no whole number among them is one that Triton compiles for."""
+    free = getattr(kernel, "do_not_specialize", ())
+    return all(name in free for name, value in arguments.items() if isinstance(value, int))
+
+
 def _aligned(arguments: Mapping[str, Any]) -> bool:
     """Whether all tensors among them are."""
     return not any(
@@ -110,6 +117,7 @@ def described(pages: Tensor, box: tuple[int, int], describe: Describe) -> Any:
     if pages.device.type == "cpu":  # the interpreter reads the tensor
         flat = pages.view(-1, pages.shape[2] * pages.shape[3])
         return describe(flat, flat.shape, flat.stride(), list(box))
+    assert pages.is_contiguous(), "pages lie one behind the other"
     return _described(pages.data_ptr(), pages.shape, pages.dtype, box, describe)
 
 

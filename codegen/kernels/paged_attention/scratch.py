@@ -1,25 +1,73 @@
 """What a call of paged attention holds besides its results, for a plan's largest steps.
 
-Those are its chunks, each alone, and as many decodes as it has sequences, all of full length. A
-step that mixes them cuts other pieces; the planner sets aside what no step exceeds.
+Those are its chunks, each alone; as many decodes as it has sequences, all of full length; and a
+chunk with all others as decodes, in one list where the kernel takes one. Other mixtures cut other
+pieces; the planner sets aside what no step exceeds.
 
 K KV heads, G query heads of each, H head size; P processors.
 """
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 from codegen.kernels.base import DTYPE_BYTES, Largest, Value
 
-from .work import ITEM_FIELDS, MERGE_FIELDS, Queries, WorkList, chunk_list, packed_decodes
+from .work import (
+    ITEM_FIELDS,
+    MERGE_FIELDS,
+    Queries,
+    WorkList,
+    chunk_list,
+    mixed_list,
+    packed_decodes,
+    saves,
+)
 
 PROCESSORS = 132
 """Of an H100 or H200 in SXM form: more of them cut longer tiles in more pieces."""
 LOGITS = 1 << 24
 """As reference.py."""
-HOPPER, PORTABLE, FP8 = (128, 128, 1), (64, 64, 2), (64, 128, 2)
-"""Rows and keys of a chunk's tile and blocks of it a processor: Gluon's, the portable one's for
-pages in 16 bits and in fp8."""
-DECODE_ROWS, DECODE_KEYS, DECODE_RESIDENT = 16, 128, 3
+CHUNK_ROWS, CHUNK_KEYS, FP8_KEYS = 64, 64, 128
+HOPPER_ROWS, HOPPER_KEYS = 128, 128
+DECODE_ROWS, DECODE_KEYS, DECODE_STAGES, DECODE_RESIDENT = 16, 128, 3, 3
 SHARED_BYTES = 220_000
-"""As triton.py chooses."""
+DECODE_COST_HOPPER, DECODE_COST = 0.7, 1.0
+"""As triton.py, which needs Triton to be read: a test holds `decode_tile` and `chunk_tile` to its
+forms, and the rest to its constants."""
+
+
+class Tile(NamedTuple):
+    """What a kernel takes at a time."""
+
+    rows: int
+    keys: int
+    tokens: int
+    """A power of two."""
+    resident: int
+    """Blocks that a processor holds at once."""
+
+
+def decode_tile(group: int, head_dim: int, page_tokens: int, item_bytes: int) -> Tile:
+    """Of sequences with few queries, as triton.decode_form; item_bytes of a number in the pages."""
+    rows, keys = max(DECODE_ROWS, _at_least(group)), min(DECODE_KEYS, page_tokens)
+    buffers = DECODE_STAGES * keys * 2 * head_dim * item_bytes
+    return Tile(
+        rows=rows,
+        keys=keys,
+        tokens=_power_of_two(rows // group),
+        resident=max(1, min(DECODE_RESIDENT, SHARED_BYTES // buffers)),
+    )
+
+
+def chunk_tile(group: int, page_tokens: int, *, hopper: bool, fp8: bool) -> Tile:
+    """Of others, as triton.chunk_form."""
+    rows = HOPPER_ROWS if hopper else max(CHUNK_ROWS, _at_least(group))
+    return Tile(
+        rows=rows,
+        keys=HOPPER_KEYS if hopper else min(FP8_KEYS if fp8 else CHUNK_KEYS, page_tokens),
+        tokens=_power_of_two(rows // group),
+        resident=1 if hopper else 2,
+    )
 
 
 def torch_scratch(steps: Largest, q: Value, pages: Value, *others: object) -> int:
@@ -88,43 +136,62 @@ def _kv_heads(pages: Value) -> int:
     return kv_heads
 
 
-def _lists(steps: Largest, q: Value, pages: Value) -> list[tuple[int, WorkList]]:
+def _lists(steps: Largest, q: Value, pages: Value) -> Iterator[tuple[int, WorkList]]:
     """Rows of a tile, and the list, of each of the largest steps."""
     heads, head_dim, page_tokens = q.shape[1], q.shape[2], pages.shape[1]
     assert isinstance(heads, int), "heads have a number"
     assert isinstance(head_dim, int), "heads have a size"
     assert isinstance(page_tokens, int), "pages have a size"
-    kv_heads = _kv_heads(pages)
+    kv_heads, fp8, item_bytes = _kv_heads(pages), pages.dtype == "fp8", DTYPE_BYTES[pages.dtype]
     group = heads // kv_heads
-    found = []
+    few = decode_tile(group, head_dim, page_tokens, item_bytes)
     for tokens, keys in steps.chunks:
-        if tokens <= max(DECODE_ROWS // group, 1):
+        if tokens <= few.tokens:
             continue  # a decode
-        forms = [FP8] if pages.dtype == "fp8" else [PORTABLE]
-        if pages.dtype != "fp8" and tokens * group > PORTABLE[0]:
-            forms.append(HOPPER)
-        chunk = [Queries(sequence=0, begin=0, end=tokens, keys=max(keys, tokens), causal=True)]
-        for tile_rows, tile_keys, resident in forms:
-            rows = max(tile_rows, _at_least(group))
-            work = chunk_list(
-                chunk,
-                tile_tokens=_power_of_two(max(rows // group, 1)),
-                tile_keys=min(tile_keys, page_tokens),
-                kv_heads=kv_heads,
-                blocks=PROCESSORS * resident,
-            )
-            found.append((rows, work))
-    keys = min(DECODE_KEYS, page_tokens)
-    buffers = 3 * keys * 2 * head_dim * DTYPE_BYTES[pages.dtype]
-    at_once = PROCESSORS * max(1, min(DECODE_RESIDENT, SHARED_BYTES // buffers))
-    decodes = [
-        Queries(sequence=b, begin=b, end=b + 1, keys=steps.keys, causal=True)
-        for b in range(steps.sizes["R"])
+        for hopper in (False, True):
+            if hopper and (fp8 or page_tokens > HOPPER_KEYS or tokens * group <= CHUNK_ROWS):
+                continue
+            tile = chunk_tile(group, page_tokens, hopper=hopper, fp8=fp8)
+            sizes: dict[str, Any] = {
+                "tile_tokens": tile.tokens,
+                "tile_keys": tile.keys,
+                "kv_heads": kv_heads,
+                "blocks": PROCESSORS * tile.resident,
+            }
+            yield tile.rows, chunk_list([_chunk(tokens, keys)], **sizes)
+            # the rest of the step are decodes, of which a step has one a sequence
+            count = min(steps.sizes["R"], steps.sizes["T"] - few.tokens) - 1
+            if count < 1:
+                continue
+            chunk = [_chunk(min(tokens, steps.sizes["T"] - count), keys)]
+            decodes = _decodes(steps, count, begin=chunk[0].end)
+            sizes["decode_cost"] = DECODE_COST_HOPPER if hopper else DECODE_COST
+            if saves(chunk, decodes, **sizes):
+                # how many heads run side by side changes the order alone
+                yield tile.rows, mixed_list(chunk, decodes, **sizes, heads_together=1)
+    # one more or less is cut otherwise: all that a step has, and those beside a chunk
+    for count in {steps.sizes["R"], max(steps.sizes["R"] - 1, 1)}:
+        packed = packed_decodes(
+            _decodes(steps, count),
+            tile_keys=few.keys,
+            blocks_a_head=max(1, PROCESSORS * few.resident // kv_heads),
+            least=1,
+        )
+        yield few.rows, packed
+
+
+def _chunk(tokens: int, keys: int) -> Queries:
+    return Queries(sequence=0, begin=0, end=tokens, keys=max(keys, tokens), causal=True)
+
+
+def _decodes(steps: Largest, count: int, *, begin: int = 0) -> list[Queries]:
+    first = int(begin > 0)
+    return [
+        Queries(
+            sequence=first + b, begin=begin + b, end=begin + b + 1, keys=steps.keys, causal=True
+        )
+        for b in range(count)
     ]
-    work = packed_decodes(
-        decodes, tile_keys=keys, blocks_a_head=max(1, at_once // kv_heads), least=1
-    )
-    return [*found, (max(DECODE_ROWS, _at_least(group)), work)]
 
 
 def _power_of_two(limit: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,50 @@ def test_results_go_to_a_file_as_a_whole(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl", "requests.jsonl"]
 
 
+def test_a_dash_is_stdout(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run({"token_ids": [1]}, flags=("--out", "-"))
+    assert (status, len(results_of(out))) == (0, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["requests.jsonl"]
+
+
+def test_no_input_is_replaced_by_the_results(run, bundle, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(LiveExecutor, "__init__", None)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "requests.jsonl")
+    request = {"token_ids": [1]}
+    for out, flag in (
+        (tmp_path / "requests.jsonl", "--requests"),
+        (link, "--requests"),
+        (bundle / "plan.yaml", "BUNDLE"),
+        (bundle / "program" / "stage_0.py", "BUNDLE"),
+        (words / "tokenizer.json", "--tokenizer"),
+    ):
+        before = out.read_bytes() if out.parent != tmp_path else json.dumps(request).encode()
+        status, _, err = run(request, flags=("--out", out, "--tokenizer", words))
+        assert (status, err) == (
+            2,
+            f"--out {out}: would replace an input ({flag}); name another file\n",
+        )
+        assert out.read_bytes() == before
+
+
+def test_results_that_their_place_refuses_are_kept_elsewhere(run, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(kept))
+    status, out, err = run({"token_ids": [5, 6], "max_tokens": 3}, flags=("--out", "/dev/full"))
+    (file,) = kept.iterdir()
+    assert (status, out) == (1, "")
+    assert err == (
+        f"/dev/full: cannot be written: No space left on device\nthe results are in {file}\n"
+    )
+    assert list(results_of(file.read_text())[0].token_ids) == toy_answer([5, 6], 3)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    _, _, err = run({"token_ids": [5]}, flags=("--out", "/dev/full"))
+    assert err.endswith("and no temporary file takes the results: No such file or directory\n")
+
+
 def test_texts_and_chats_are_tokenised_and_answered_in_text(run, words):
     status, out, _ = run(
         {"prompt": "w5 w6", "max_tokens": 4, "ignore_eos": True},
@@ -225,9 +270,11 @@ def test_a_file_without_a_request_is_refused(run):
     ("flags", "status", "message"),
     [
         (("--policy", "larz"), 2, "nearest: lars"),
-        (("--weights", "nowhere", "--tokenizer", "none"), 1, "nowhere: is no folder"),
-        (("--weights", "nowhere"), 2, "no tokenizer.json"),
-        (("--tokenizer", "nowhere"), 2, "no tokenizer.json"),
+        (("--weights", "nowhere", "--tokenizer", "none"), 2, "nowhere: no such folder; --weights"),
+        (("--weights", "nowhere"), 2, "nowhere: no such folder; --weights"),
+        (("--weights", "."), 2, "no tokenizer.json"),
+        (("--tokenizer", "nowhere"), 2, "nowhere: no such folder; --tokenizer"),
+        (("--tokenizer", "."), 2, "no tokenizer.json"),
         (("--out", "nowhere/out.jsonl"), 2, "does not exist"),
         (("--out", "."), 2, "is a folder"),
         (("--requests", "nowhere.jsonl"), 2, "cannot be read"),

@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,46 @@ def test_ranks_without_gpus_or_peers_share_nothing(tp, made, monkeypatch):
 def test_what_is_out_of_reach_is_named(places, rank, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other != 2)
+    monkeypatch.setattr(peers, "_no_atomics", lambda own, other: "")
     found = peers._unreachable(places, rank)  # noqa: SLF001 - its callers need GPUs
+    assert said in found if said else found == ""
+
+
+class Driver:
+    """Stands for CUDA's: the atomic attribute of links, between handles that are no indices."""
+
+    def __init__(self, *, native: int, status: int) -> None:
+        self.native, self.status = native, status
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802 - the driver's name
+        return 0
+
+    def cuDeviceGet(self, handle: Any, index: int) -> int:  # noqa: N802
+        handle._obj.value = 70 + index  # noqa: SLF001 - what byref points at
+        return 0
+
+    def cuDeviceGetP2PAttribute(  # noqa: N802
+        self, value: Any, attribute: int, source: Any, target: Any
+    ) -> int:
+        assert (attribute, source.value, target.value) == (3, 70, 71)
+        value._obj.value = self.native  # noqa: SLF001
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("native", "status", "said"),
+    [
+        (1, 0, ""),
+        (0, 0, "the link of devices 0 and 1 has no native atomic operations"),
+        (1, 101, "CUDA driver error 101"),
+    ],
+)
+def test_a_link_without_atomics_is_out_of_reach(native, status, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: True)
+    driver = Driver(native=native, status=status)
+    monkeypatch.setattr(peers.ctypes, "CDLL", lambda name: driver)
+    found = peers._unreachable([("a", 0), ("a", 1)], 0)  # noqa: SLF001
     assert said in found if said else found == ""
 
 
@@ -112,6 +152,7 @@ class Library:
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
         patch.setattr(torch.cuda, "device_count", lambda: 2)
         patch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: fails != "access")
+        patch.setattr(peers, "_no_atomics", lambda own, other: "")
         patch.setattr(torch, "device", lambda *args: "cpu")
         patch.setattr(dist, "get_rank", lambda group: 0)
         patch.setattr(dist, "get_world_size", lambda group: 2)

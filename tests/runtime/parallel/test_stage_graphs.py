@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -288,6 +289,36 @@ def test_a_rank_that_leaves_others_amid_a_collective_ends_the_run(mesh, problems
             graphs._check_together(problems)  # noqa: SLF001
     else:
         graphs._check_together(problems)  # noqa: SLF001
+
+
+def test_ranks_that_fail_at_different_sizes_left_each_other_waiting():
+    """One has no memory at the largest size; the other one is through with it, and would go on."""
+    store, ran = HashStore(), []
+    first, second = (StageGraphs.__new__(StageGraphs) for _ in range(2))
+    plan = SimpleNamespace(parallelism=Parallelism(tp=2))
+
+    def run(size: int, recorder: object) -> None:
+        ran.append(size)
+        if len(ran) == 1:
+            raise RuntimeError("out of memory")
+
+    for number, graphs in enumerate((first, second)):
+        graphs._rank = SimpleNamespace(plan=plan)  # type: ignore[assignment]  # noqa: SLF001
+        graphs._sizes = [1, 64, 256]  # noqa: SLF001
+        graphs._run = run  # type: ignore[assignment, method-assign]  # noqa: SLF001
+        other = 1 - number
+        store.set(f"first decode steps of 256/{other}", "said: " if number == 0 else "said: full")
+    with pytest.raises(MedhaError, match=r"rank 0 failed .* left ranks \[1\]"):
+        first._first_runs(Agreement(store, 0, 2))  # noqa: SLF001
+    with pytest.raises(MedhaError, match=r"rank 0 failed .* left ranks \[1\]"):
+        second._first_runs(Agreement(store, 1, 2))  # noqa: SLF001
+    assert ran == [256, 256], "no rank begins a size that others do not"
+
+
+def test_ranks_that_say_nothing_are_named(monkeypatch):
+    monkeypatch.setattr(stage_graphs, "AGREE", timedelta(milliseconds=20))
+    with pytest.raises(MedhaError, match=r"ranks \[1, 2\] said nothing of the recorded"):
+        Agreement(HashStore(), 0, 3).problems("recorded", "")
 
 
 def test_ranks_agree_on_what_any_of_them_says():
