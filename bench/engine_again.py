@@ -10,8 +10,6 @@ Prints a table; measures nothing.
 
 import argparse
 import csv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from bench.engine_load import (
@@ -19,6 +17,7 @@ from bench.engine_load import (
     burst_row,
     mixed_load,
     mixed_row,
+    packed_as,
     predicted,
     with_budget,
     with_host,
@@ -26,7 +25,6 @@ from bench.engine_load import (
 from plans.codec import load_file
 from plans.plan import Plan
 from runtime.executor.simulated import Host
-from runtime.scheduler import pack
 
 MIXED = {
     "short_ttft_p50_s": 1e3,
@@ -38,17 +36,6 @@ MIXED = {
 }
 BURST = {"tokens_per_s": 1, "ttft_p50_s": 1, "ttft_p99_s": 1}
 """Figures that are compared, and what they are shown times."""
-
-
-@contextmanager
-def chunks_end_anywhere() -> Iterator[None]:
-    """The packer as it was before it ended chunks with a tile of queries."""
-    kept = pack._whole_queries  # noqa: SLF001 - the one rule that is new
-    pack._whole_queries = lambda tile, prefix, tokens: tokens  # noqa: SLF001
-    try:
-        yield
-    finally:
-        pack._whole_queries = kept  # noqa: SLF001
 
 
 def main() -> None:
@@ -78,7 +65,7 @@ def main() -> None:
             load = mixed_load(int(row["seed"]), int(row["long_tokens"]), float(row["load_s"]))
             figures, shown = MIXED, mixed_row
         executor = with_host(here, host)
-        with chunks_end_anywhere():
+        with packed_as(row.get("chunks_end") or "anywhere"):
             then = shown(predicted(here, load, row["policy"], executor))
         now = shown(predicted(here, load, row["policy"], executor))
         name = f"{row['part']}, {1e3 * float(row['step_budget_s']):.0f} ms"

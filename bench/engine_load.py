@@ -8,7 +8,8 @@ bench/prediction_error.py predicts the loads again where there is none.
 import csv
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from runtime.executor.base import Step, StepResult
 from runtime.executor.simulated import AheadExecutor, Host, SimulatedExecutor
 from runtime.request import Record, Request
 from runtime.request import Sequence as Live
+from runtime.scheduler import pack
 from runtime.scheduler.loads import GroupLoads
 from runtime.simulate import simulate
 
@@ -46,6 +48,23 @@ class Ask:
     tokens: int
     seed: int
     """Of its prompt."""
+
+
+PACKED = "with a tile"
+"""How the packer cuts chunks; results without a word on it are of before, when they ended anywhere
+in a tile of queries."""
+
+
+@contextmanager
+def packed_as(how: str) -> Iterator[None]:
+    """The packer as it was in a run that says `how` its chunks end."""
+    kept = pack._whole_queries  # noqa: SLF001 - the one rule that came between
+    if how != PACKED:
+        pack._whole_queries = lambda tile, prefix, tokens: tokens  # noqa: SLF001
+    try:
+        yield
+    finally:
+        pack._whole_queries = kept  # noqa: SLF001
 
 
 def burst_load(count: int = BURST) -> list[Ask]:
@@ -157,6 +176,7 @@ def burst_row(outcome: Outcome) -> Row:
     tokens = sum(ask.tokens + NEW_TOKENS for ask in outcome.load)
     return {
         "requests": len(outcome.load),
+        "chunks_end": PACKED,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "ttft_p50_s": percentile(ttft, 0.5),
@@ -173,6 +193,7 @@ def mixed_row(outcome: Outcome) -> Row:
     gaps = outcome.gaps_s(SHORT)
     return {
         "shorts": len(ttft),
+        "chunks_end": PACKED,
         "long_tokens": outcome.load[-1].tokens,
         "short_ttft_p50_s": percentile(ttft, 0.5),
         "short_ttft_p90_s": percentile(ttft, 0.9),

@@ -27,6 +27,7 @@ from bench.engine_load import (
     burst_row,
     mixed_load,
     mixed_row,
+    packed_as,
     predicted,
     with_budget,
     with_host,
@@ -128,7 +129,8 @@ def _again(
         load, figures = burst_load(int(row.get("requests") or BURST)), burst_row
     else:
         load, figures = mixed_load_of(row, longest), mixed_row
-    return figures(predicted(chosen, load, policy, maker))
+    with packed_as(row.get("chunks_end") or "anywhere"):
+        return figures(predicted(chosen, load, policy, maker))
 
 
 def mixed_load_of(row: Text, longest: int) -> list[Ask]:
