@@ -53,6 +53,26 @@ def test_good_answers_pass(good, measured):
     verify(given.found, given.plan)
 
 
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "llama3.2-1b"])
+def test_sums_whose_time_stands_in_the_layers_table_are_not_faster_than_light(model, gpus):
+    given = answered(model, gpus, measured=True)
+    verify(given.found, given.plan)
+
+
+def test_sums_and_products_together_are_held_to_the_data_sheet(good, monkeypatch):
+    rows = selfcheck.breakdown(good.found.ranked[0])
+    assert list(selfcheck.speed_of_light(good.found.ranked[0])) == []
+    fast = [
+        dataclasses.replace(row, seconds=0.0)
+        if row.op in {"collectives", "matrix products"}
+        else row
+        for row in rows
+    ]
+    monkeypatch.setattr(selfcheck, "breakdown", lambda best: fast)
+    assert any("matrix products" in each for each in selfcheck.speed_of_light(good.found.ranked[0]))
+
+
 @pytest.mark.parametrize(
     ("changes", "more"),
     [
