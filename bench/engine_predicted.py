@@ -5,7 +5,8 @@ three things can be: what a step takes, what the host adds, and the queue. The p
 the host takes to launch the steps of lone prompts. The result file has the same load with the
 host's times of the run itself put in, and then with its step times too; what error is left there is
 the queue's. The steps themselves stand beside two predictions of each: the
-formula that plans carry, and the sum of its ops by the profile, which has no host in it.
+formula that plans carry, and the sum of its ops by the profile, which has no host in it. A run is
+predicted with the packer that it had; what today's would do stands beside it.
 """
 
 import csv
@@ -20,6 +21,7 @@ from bench.engine_load import (
     BY_HOST,
     BY_RUN,
     LOAD_S,
+    PACKED,
     POLL_S,
     SHORT,
     Ask,
@@ -80,6 +82,9 @@ def load_rows(found: Sequence[Text], plans: Sequence[Plan], longest: int) -> Ite
             _again(row, plan, budget_s, policy, longest=longest, lone=lone) for plan in plans
         )
         alone = _again(row, plans[0], budget_s, policy, longest=longest, lone=None)
+        now = _again(
+            {**row, "chunks_end": PACKED}, plans[0], budget_s, policy, longest=longest, lone=lone
+        )
         put_in = {
             kind: next(
                 (each for each in found if _same(each, row) and each.get("kind") == kind), None
@@ -99,6 +104,7 @@ def load_rows(found: Sequence[Text], plans: Sequence[Plan], longest: int) -> Ite
                 "error": ours[column] / seen - 1,
                 "plan_alone": alone[column] / seen - 1,
                 "roofline": sheet[column] / seen - 1,
+                "packed_now_ms": scale * now[column],
             } | {
                 name: float(each[column]) / seen - 1
                 for name, each in (("with_host", put_in[BY_HOST]), ("with_steps", put_in[BY_RUN]))
@@ -175,7 +181,7 @@ def lone_table(rows: Sequence[Row]) -> Iterator[str]:
 def loads_table(rows: Sequence[Row]) -> Iterator[str]:
     """Figures of the loads: measured, predicted, and how far predictions are off."""
     heads = ["measured", "predicted", "error", "plan alone", "by data sheet"]
-    heads += ["host put in", "steps put in too"]
+    heads += ["host put in", "steps put in too", "as packed today"]
     yield "| load | figure | " + " | ".join(heads) + " |"
     yield "|" + "---|" * (len(heads) + 2)
     before = ""
@@ -185,6 +191,7 @@ def loads_table(rows: Sequence[Row]) -> Iterator[str]:
         cells = [_ms(row["measured_ms"]), _ms(row["predicted_ms"])]
         names = ("error", "plan_alone", "roofline", "with_host", "with_steps")
         cells += [signed(row.get(name)) for name in names]
+        cells.append(_ms(row["packed_now_ms"]))
         yield f"| {load if load != before else ''} | {figure} | " + " | ".join(cells) + " |"
         before = load
 
